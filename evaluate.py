@@ -26,36 +26,15 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from data import DATASETS, IGNORED, VOID, DataError, evaluation_loader, open_dataset, open_ood, read_image, to_input
-from metrics import (
-    CalibrationError,
-    ClassUncertainty,
-    ConfusionMatrix,
-    Detection,
-    Fidelity,
-    ProperScores,
-    RejectionCurve,
-    SelectivePrediction,
-    class_error,
-    energy,
-    max_logit,
-    max_softmax,
-    mutual_information,
-    predictive_entropy,
-    thin_curve,
-)
+import metrics
+from data import (
+    DATASETS, IGNORED, VOID, DataError, evaluation_loader, open_dataset, open_ood, read_image,
+    to_input,
+)  # fmt: skip
 from model import (
-    DeepLabV3,
-    Ensemble,
-    ModelError,
-    build_model,
-    load_ensemble,
-    member_files,
-    predictive_statistics,
-    read_checkpoint,
-    save_atomically,
-    versions,
-)
+    DeepLabV3, Ensemble, ModelError, build_model, load_ensemble, predictive_statistics, read_checkpoint,
+    save_atomically, versions,
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ what every script shares
@@ -118,7 +97,7 @@ def autocast(device: torch.device, amp: str):
 def validate(network: nn.Module, loader: DataLoader, num_classes: int, device: torch.device, amp: str) -> dict:
     """miou, iou, pixel_accuracy and mean_class_accuracy of `network` over the batches of `evaluation_loader`."""
     network.eval()
-    confusion = ConfusionMatrix(num_classes)
+    confusion = metrics.ConfusionMatrix(num_classes)
     for run in loader:
         for images, labels, _ in run:
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -149,8 +128,8 @@ class Networks(NamedTuple):
 def free_scores(logits: Tensor, probs: Tensor) -> dict[str, Tensor]:
     """What any single network offers for nothing."""
     return {
-        "entropy": predictive_entropy(probs), "msp": max_softmax(probs),
-        "max_logit": max_logit(logits), "energy": energy(logits),
+        "entropy": metrics.predictive_entropy(probs), "msp": metrics.max_softmax(probs),
+        "max_logit": metrics.max_logit(logits), "energy": metrics.energy(logits),
     }  # fmt: skip
 
 
@@ -176,9 +155,9 @@ def predict(networks: Networks, images: Tensor, size: tuple[int, int], amp: str,
         probs = first[0].softmax(dim=1)
         outputs["member"] = Output(probs, free_scores(first[0], probs))
         outputs["teacher"] = Output(mean.probs, {
-            "std": mean.std, "entropy": predictive_entropy(mean.probs),
-            "mutual_information": mutual_information(mean.probs, mean.expected_entropy),
-            "msp": max_softmax(mean.probs),
+            "std": mean.std, "entropy": metrics.predictive_entropy(mean.probs),
+            "mutual_information": metrics.mutual_information(mean.probs, mean.expected_entropy),
+            "msp": metrics.max_softmax(mean.probs),
         })  # fmt: skip
     if networks.student is not None:
         with autocast(images.device, amp):
@@ -216,9 +195,9 @@ class Tracker:
 
     def __init__(self, model: str, num_classes: int):
         self.primary = PRIMARY[model]
-        self.confusion, self.proper = ConfusionMatrix(num_classes), ProperScores()
-        self.calibration, self.classes = CalibrationError(), ClassUncertainty(num_classes)
-        self.scores: dict[str, tuple[Detection, SelectivePrediction, RejectionCurve]] = {}
+        self.confusion, self.proper = metrics.ConfusionMatrix(num_classes), metrics.ProperScores()
+        self.calibration, self.classes = metrics.CalibrationError(), metrics.ClassUncertainty(num_classes)
+        self.scores: dict[str, tuple[metrics.Detection, metrics.SelectivePrediction, metrics.RejectionCurve]] = {}
 
     def update(self, output: Output, labels: Tensor) -> Tensor:
         """Takes in a batch; returns where the prediction is right, bool [B, H, W]."""
@@ -230,7 +209,7 @@ class Tracker:
         self.classes.update(output.scores[self.primary], prediction, labels)
         for name, score in output.scores.items():
             if name not in self.scores:
-                self.scores[name] = Detection(), SelectivePrediction(), RejectionCurve(self.confusion.num_classes)
+                self.scores[name] = metrics.Detection(), metrics.SelectivePrediction(), metrics.RejectionCurve(self.confusion.num_classes)
             detection, selective, rejection = self.scores[name]
             detection.update(score, ~correct, valid)
             selective.update(score, correct, valid)
@@ -248,11 +227,11 @@ class Tracker:
         }
 
 
-def detection_curves(detection: Detection) -> dict:
+def detection_curves(detection: metrics.Detection) -> dict:
     """ROC and precision-recall curves thinned to what a plot can show."""
     curves = detection.curves()
     fpr, tpr = (np.concatenate([[0.0], curves[key]]) for key in ("fpr", "tpr"))
-    roc, pr = thin_curve(fpr, tpr), thin_curve(curves["recall"], curves["precision"])
+    roc, pr = metrics.thin_curve(fpr, tpr), metrics.thin_curve(curves["recall"], curves["precision"])
     return {
         "roc": {"fpr": fpr[roc].tolist(), "tpr": tpr[roc].tolist()},
         "pr": {"recall": curves["recall"][pr].tolist(), "precision": curves["precision"][pr].tolist()},
@@ -267,8 +246,8 @@ def evaluate_split(networks: Networks, dataset, args: argparse.Namespace) -> tup
     """
     num_classes = len(dataset.classes)
     trackers: dict[str, Tracker] = {}
-    members = [ConfusionMatrix(num_classes) for _ in range(len(networks.teacher) if networks.teacher else 0)]
-    fidelity, density = Fidelity(), Density(networks)
+    members = [metrics.ConfusionMatrix(num_classes) for _ in range(len(networks.teacher) if networks.teacher else 0)]
+    fidelity, density = metrics.Fidelity(), Density(networks)
     held_out, accuracy = OodTracker(), []
 
     def watch(number: int, logits: Tensor, labels: Tensor) -> None:
@@ -293,7 +272,7 @@ def evaluate_split(networks: Networks, dataset, args: argparse.Namespace) -> tup
     }, accuracy  # fmt: skip
 
 
-def gather(dataset, trackers: dict[str, Tracker], members: list[ConfusionMatrix]) -> dict:
+def gather(dataset, trackers: dict[str, Tracker], members: list[metrics.ConfusionMatrix]) -> dict:
     """The accumulators' figures in the layout of metrics.json."""
     segmentation = {model: tracker.segmentation() for model, tracker in trackers.items()}
     classwise = {model: tracker.classes.compute()["uncertainty"] for model, tracker in trackers.items()}
@@ -337,12 +316,12 @@ class OodTracker:
     """AUROC, AP and FPR95 of every score for anomalous pixels: mask 1, against 0; 255 is void."""
 
     def __init__(self):
-        self.scores: dict[str, Detection] = {}
+        self.scores: dict[str, metrics.Detection] = {}
 
     def update(self, outputs: dict[str, Output], mask: Tensor) -> None:
         for model, output in outputs.items():
             for name, score in output.scores.items():
-                detection = self.scores.setdefault(f"{model}/{name}", Detection())
+                detection = self.scores.setdefault(f"{model}/{name}", metrics.Detection())
                 detection.update(score, mask == 1, mask != VOID)
 
     def compute(self) -> dict:
@@ -1084,9 +1063,9 @@ def resolve(args: argparse.Namespace, checkpoint: dict) -> None:
         raise UsageError("--ood held-out: the checkpoint has no held-out classes; train with --hold-out CLASS ...")
 
 
-def protocol(args: argparse.Namespace, dataset, networks: Networks, metrics: dict) -> dict:
+def protocol(args: argparse.Namespace, dataset, networks: Networks, results: dict) -> dict:
     """What the figures depend on."""
-    n = next(iter(metrics["segmentation"].values()))["n"]
+    n = next(iter(results["segmentation"].values()))["n"]
     return {
         "dataset": args.dataset, "split": args.split, "images": len(dataset), "labelled_pixels": n,
         "classes": len(dataset.classes), "held_out": ", ".join(dataset.hold_out) or None,
@@ -1128,24 +1107,24 @@ def main(args: argparse.Namespace) -> None:
 
     # ---------------------------------------------------------------- measurements
     print(f"{args.dataset} {args.split}: {len(dataset)} images", flush=True)
-    metrics, accuracy = evaluate_split(networks, dataset, args)
+    results, accuracy = evaluate_split(networks, dataset, args)
     for name, ood_set in ood_sets.items():
         print(f"OOD {name}: {len(ood_set)} images", flush=True)
-        metrics["ood"][name] = evaluate_ood(networks, name, ood_set, args)
-    if metrics["fidelity"]:
-        classwise = [[row["uncertainty"][model] for row in metrics["classes"]] for model in ("student", "teacher")]
-        metrics["fidelity"]["class_error"] = class_error(*classwise)
-    metrics["timing"] = benchmark(networks, dataset[0].image, args) if args.benchmark else {}
-    metrics = clean({"protocol": protocol(args, dataset, networks, metrics)} | metrics)
+        results["ood"][name] = evaluate_ood(networks, name, ood_set, args)
+    if results["fidelity"]:
+        classwise = [[row["uncertainty"][model] for row in results["classes"]] for model in ("student", "teacher")]
+        results["fidelity"]["class_error"] = float(np.nanmean(np.abs(np.subtract(*classwise))))
+    results["timing"] = benchmark(networks, dataset[0].image, args) if args.benchmark else {}
+    results = clean({"protocol": protocol(args, dataset, networks, results)} | results)
 
     # ---------------------------------------------------------------- report
     panels = draw_panels(networks, dataset, choose_images(accuracy, args.panels), args)
     for name, ood_set in ood_sets.items():
         chosen = [(f"OOD {name}", i) for i in range(min(args.panels, len(ood_set), 3))]
         panels += draw_panels(networks, ood_set, chosen, args, anomalies=True)
-    save_atomically(args.out / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
-    write_report(metrics, panels, args.out / "report.html")
-    print(results_table(metrics))
+    save_atomically(args.out / "metrics.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_report(results, panels, args.out / "report.html")
+    print(results_table(results))
     print(f"\n{args.out / 'metrics.json'}  {args.out / 'report.html'}  {len(panels)} panels in {args.out / 'panels'}")
 
 

@@ -374,8 +374,8 @@ def versions() -> dict[str, str]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torch": str(torch.__version__),  # a TorchVersion, which weights_only refuses to read
+        "torchvision": str(torchvision.__version__),
         "numpy": numpy.__version__,
         "pillow": PIL.__version__,
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {gpu}",

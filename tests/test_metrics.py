@@ -344,14 +344,19 @@ def midranks(x):
     return (np.cumsum(counts) - counts / 2)[place]
 
 
-@pytest.mark.parametrize("case", ["uniform", "saturated", "independent", "tied", "opposite"])
+@pytest.mark.parametrize(
+    "case", ["uniform", "saturated", "independent", "tied", "opposite", "negative"]
+)
 def test_fidelity_equals_brute_force(case):
     generator = torch.Generator().manual_seed(11)
     teacher = torch.rand(30000, generator=generator) * 0.5
     noise = torch.randn(30000, generator=generator)
     if case == "saturated":  # most pixels certain, as in practice
         teacher = teacher**8
+    if case == "negative":
+        teacher = teacher - 0.25
     student = {
+        "negative": teacher + 0.1 * noise,
         "uniform": (teacher + 0.05 * noise).clamp(0, 1),
         "saturated": (teacher * torch.exp(0.7 * noise)).clamp(0, 1),
         "independent": torch.rand(30000, generator=generator),
