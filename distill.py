@@ -166,10 +166,10 @@ def main(args: argparse.Namespace) -> None:
         return
 
     # ---------------------------------------------------------------- student
-    key = stream(args.seed, "student", 0)
+    key, jitter = stream(args.seed, "student", 0), RECIPES[args.dataset]["jitter"]
     model = build(args, key, len(train_set.classes), ("std",))
     config = describe(train_set, args, 1) | {"measures": ["std"], "teacher_members": len(teacher)}
-    train_loader, val_loader = loaders(args, train_set, val_set, key, args.views, args.jitter)
+    train_loader, val_loader = loaders(args, train_set, val_set, key, args.views, jitter)
 
     # ---------------------------------------------------------------- distillation
     teacher.to(args.device, memory_format=torch.channels_last)
@@ -181,7 +181,7 @@ def main(args: argparse.Namespace) -> None:
         views = min(args.views, args.epochs)
         files = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in member_files(args.teacher)]
         identity = {"teacher": files, "mc_samples": args.mc_samples, "stream": key, "dataset": args.dataset,
-                    "image_size": args.image_size, "scale": args.scale, "jitter": args.jitter}  # fmt: skip
+                    "image_size": args.image_size, "scale": args.scale, "jitter": jitter}  # fmt: skip
         cache = TargetCache(path.with_suffix(".targets.npy"), (views, len(train_set), *args.crop_size), identity)
     loss_fn = distillation_loss(teacher, cache, args.uncertainty_weight, args.amp)
     fit(model, loss_fn, train_loader, val_loader, args, path, config)

@@ -421,9 +421,10 @@ def draw_panels(networks: Networks, dataset, chosen: list[tuple[str, int]], args
 def choose_images(accuracy: list[float], count: int) -> list[tuple[str, int]]:
     """Indices from the best to the worst image by pixel accuracy, the median one among them."""
     order = [i for i in np.argsort(accuracy)[::-1] if not math.isnan(accuracy[i])]
-    places = np.unique(np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)) if order else []
-    names = {0: "best", (len(order) - 1) // 2: "median", len(order) - 1: "worst"}
-    return [(names.get(int(p), f"rank {p + 1}"), int(order[p])) for p in places]
+    last, count = len(order) - 1, min(count, len(order))
+    places = [last * k // max(1, count - 1) for k in range(count)]
+    names = {last: "worst", last // 2: "median", 0: "best"}
+    return [(names.get(place, f"rank {place + 1}"), int(order[place])) for place in places]
 
 
 @torch.inference_mode()
@@ -454,25 +455,21 @@ def predict_files(networks: Networks, args: argparse.Namespace) -> None:
     print(f"{len(files) - len(skipped)} images in {args.out}" + (f"; {len(skipped)} skipped, not images: {', '.join(skipped[:5])}" if skipped else ""))
 
 
-# ---------------------------------------------------------------------------------------------
-# Pictures: colour maps and the paper's five columns
-# ---------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- pictures
 
 # Viridis at 26 evenly spaced values; linear in between it is within 2/255 of the full table.
 VIRIDIS = np.frombuffer(bytes.fromhex(
     "440154470f62481d6f472b7a4437814043873c4e8a37598c31648d2d6e8e29788e26818e228a8d"
-    "1f958b1e9e8822a7842bb17d39b9764dc26b62ca5f79d15192d741addc30cae01ee4e318fde724"
-), np.uint8).reshape(26, 3)
-VIRIDIS_256 = np.stack([np.interp(np.linspace(0, 25, 256), np.arange(26), channel)
-                        for channel in VIRIDIS.T], axis=1).round().astype(np.uint8)
-PANEL_CELL = 360  # pixels: the side that one picture of a panel is scaled towards
-OUTLINE, GREY = (213, 94, 0), (60, 60, 60)
+    "1f958b1e9e8822a7842bb17d39b9764dc26b62ca5f79d15192d741addc30cae01ee4e318fde724"), np.uint8)
+PANEL_SIDE, MARGIN = 360, 14  # pixels: the longer side of a picture in a panel, and around it
+INK, OUTLINE = (60, 60, 60), (213, 94, 0)
 
 
 def viridis(values) -> np.ndarray:
     """Colours of values in [0, 1] (clipped; NaN is 0) as uint8 `[..., 3]`."""
-    values = np.nan_to_num(np.asarray(values, dtype=np.float32), nan=0.0)
-    return VIRIDIS_256[(values.clip(0, 1) * 255).round().astype(np.uint8)]
+    place = 25 * np.nan_to_num(np.asarray(values, dtype=np.float32)).clip(0, 1)
+    colours = [np.interp(place, np.arange(26), VIRIDIS[channel::3]) for channel in range(3)]
+    return np.stack(colours, axis=-1).round().astype(np.uint8)
 
 
 def colourise(labels, palette) -> np.ndarray:
@@ -487,239 +484,143 @@ def panel(image, truth, rows, palette, names, anomaly=None, maximum=None) -> Ima
 
     image: uint8 `[H, W, 3]`. truth: class ids `[H, W]` (254 and 255 are void), or None.
     rows: one `(model name, prediction [H, W], uncertainty [H, W])` a network, drawn below each
-    other. anomaly: `[H, W]` with 0 normal, 1 anomaly, 255 void for an OOD image: its outline over
-    the image takes the place of the ground truth. maximum: the uncertainty at the upper end of the
-    colour bar; without it the largest of these rows. White in the accuracy map is wrong or void.
+    other. anomaly: `[H, W]` with 0 normal, 1 anomaly, 255 void for an OOD image: it takes the
+    place of the ground truth. maximum: the uncertainty at the upper end of the colour bar; without
+    it the largest of these rows.
     """
     photo = Image.fromarray(np.asarray(image)).convert("RGB")
-    scale = PANEL_CELL / max(photo.size)
-    scale = max(1, round(scale)) if scale > 0.75 else scale  # whole factors keep pixels square
-    size = tuple(max(1, round(side * scale)) for side in photo.size)
-    photo, margin, pitch = photo.resize(size, Image.BILINEAR), 16, max(size[0], 200) + 10
-    letter = pitch // 18  # font size: still readable when the sheet is shrunk to a page's width
-    header = 2 * letter - 6
-    drop = size[1] + header + 10
-    foot = margin + drop * len(rows) + 4
-    top = maximum or max([1e-6] + [float(np.nanmax(row[2])) for row in rows])
-    legend = _legend([truth, *(row[1] for row in rows)], palette, names, (2 * pitch - 30, letter))
-    place = (margin, margin + drop + header - 2)  # below the photo, where a second row leaves room
-    bottom = max(foot + 4 * letter, place[1] + legend.height) + margin - 4
-    sheet = Image.new("RGB", (2 * margin + 5 * pitch - 10, bottom), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(letter)
+    size = tuple(max(1, round(side * PANEL_SIDE / max(photo.size))) for side in photo.size)
+    width, height = max(size[0], 260) + MARGIN, size[1] + 40  # of a cell, with title and gap
+    top = maximum or max([1e-6] + [float(np.nanmax(u)) for _, _, u in rows])
+    maps = [np.asarray(m) for m in (truth, *(row[1] for row in rows)) if m is not None]
+    legend = [(c, name) for c, name in (*enumerate(names), (255, "void"))
+              if any((m == c).any() for m in maps)]
+    strip = MARGIN + height * max(1, len(rows))  # where legend and colour bar begin
+    bottom = strip + max(80, 28 * math.ceil(len(legend) / 4) + MARGIN)
+    sheet = Image.new("RGB", (MARGIN + 5 * width, bottom), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.font = ImageFont.load_default(19)
 
-    def put(row, column, title, pixels, method=Image.NEAREST):
-        x, y = margin + column * pitch, margin + row * drop + header
-        draw.text((x, y - header), title, fill=GREY, font=font)
-        picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-        sheet.paste(picture.resize(size, method), (x, y))
-        draw.rectangle((x - 1, y - 1, x + size[0], y + size[1]), outline=(200, 200, 200))
+    def put(row, column, title, pixels):
+        x, y = MARGIN + column * width, MARGIN + row * height
+        method = Image.NEAREST if 0 < column < 4 else Image.BILINEAR  # class colours do not blend
+        draw.text((x, y - 4), title, fill=INK)
+        sheet.paste(Image.fromarray(pixels).resize(size, method), (x, y + 24))
+        draw.rectangle((x - 1, y + 23, x + size[0], y + 24 + size[1]), outline=(200, 200, 200))
 
-    put(0, 0, "image", photo)
+    put(0, 0, "image", np.asarray(photo))
     if anomaly is not None:
-        put(0, 1, "anomaly, outlined", _outlined(photo, np.asarray(anomaly) == 1))
+        mask = Image.fromarray(255 * (np.asarray(anomaly) == 1).astype(np.uint8)).resize(size)
+        edge = np.asarray(mask.filter(ImageFilter.MaxFilter(9))) > np.asarray(mask)
+        outlined = np.where(edge[..., None], OUTLINE, np.asarray(photo.resize(size)))
+        put(0, 1, "anomaly, outlined", outlined.astype(np.uint8))
     elif truth is not None:
         put(0, 1, "ground truth", colourise(truth, palette))
     for i, (name, prediction, uncertainty) in enumerate(rows):
-        title, white = _accuracy_map(np.asarray(prediction), truth, anomaly)
         put(i, 2, f"{name}: prediction", colourise(prediction, palette))
-        put(i, 3, title, np.where(white, 255, 0).astype(np.uint8))
-        put(i, 4, f"{name}: uncertainty", viridis(np.asarray(uncertainty) / top),
-            Image.BILINEAR if scale < 1 else Image.NEAREST)
-    sheet.paste(legend, place)
-    sheet.paste(_colour_bar(top, pitch - 10, letter), (margin + 4 * pitch, foot))
+        put(i, 4, f"{name}: uncertainty", viridis(np.asarray(uncertainty) / top))
+        if anomaly is not None:
+            put(i, 3, "white: anomaly or void", np.asarray(anomaly) != 0)
+        elif truth is not None:  # void differs from every class
+            put(i, 3, "white: wrong or void", np.asarray(prediction) != np.asarray(truth))
+    for i, (c, name) in enumerate(legend):
+        x, y = MARGIN + i % 4 * width, strip + 28 * (i // 4)
+        draw.rectangle((x, y, x + 19, y + 19), fill=tuple(colourise(c, palette).tolist()))
+        draw.text((x + 28, y), name, fill=INK)
+    x, right = MARGIN + 4 * width, 5 * width
+    ramp = viridis(np.tile(np.linspace(0, 1, right - x), (20, 1)))
+    sheet.paste(Image.fromarray(ramp), (x, strip))
+    draw.text((x, strip + 24), "0", fill=INK)
+    draw.text((right, strip + 24), f"{top:.3g}", fill=INK, anchor="ra")
+    draw.text(((x + right) / 2, strip + 46), "std of predicted class's prob.", INK, anchor="ma")
     return sheet
 
 
-def _accuracy_map(prediction, truth, anomaly):
-    """Column title and bool `[H, W]`: wrong or void, and on an OOD image anomalous or void."""
-    white, title = np.zeros(prediction.shape, bool), ""
-    if truth is not None:
-        truth = np.asarray(truth)
-        valid = truth < 254
-        wrong = valid & (prediction != truth)
-        white = wrong | ~valid
-        title = f"white: void or wrong ({100 * wrong.sum() / max(1, valid.sum()):.1f} %)"
-    if anomaly is not None:
-        white, title = white | (np.asarray(anomaly) != 0), "white: anomaly, wrong or void"
-    return title, white
+# ---------------------------------------------------------------- charts
+
+# Okabe-Ito without its yellow: distinct to the colour-blind, visible on white and on black.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a8a8a")
+DASHES = ("none", "6 5", "1 5", "10 5 1 5")
+CHART_WIDTH, LEFT, RIGHT, TOP, BOTTOM = 420, 44, 408, 50, 250  # of the SVG, and its plot's edges
 
 
-def _outlined(photo: Image.Image, mask) -> Image.Image:
-    """The photo with the mask's outline drawn around it, white outside so that it shows on any."""
-    inner = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)).resize(photo.size)
-    result = photo.copy()
-    for width, colour in ((9, (255, 255, 255)), (7, OUTLINE)):
-        result.paste(colour, mask=inner.filter(ImageFilter.MaxFilter(width)))
-    result.paste(photo, mask=inner)
-    return result
-
-
-def _legend(maps, palette, names, measures) -> Image.Image:
-    """Colour and name of every class in the label maps; measures: line width and font size."""
-    width, letter = measures
-    line, font = round(1.6 * letter), ImageFont.load_default(letter)
-    seen = sorted({int(c) for m in maps if m is not None for c in np.unique(m)})
-    entries = [(tuple(int(v) for v in palette[c]), names[c]) for c in seen if c < len(names)]
-    entries += [((0, 0, 0), "void")] if seen and seen[-1] >= 254 else []
-    block, x, y = Image.new("RGB", (width, line * max(1, len(entries))), "white"), 0, 0
-    draw = ImageDraw.Draw(block)
-    for colour, name in entries:
-        length = line + font.getlength(name)
-        x, y = (0, y + line) if x and x + length > width else (x, y)
-        draw.rectangle((x, y + 3, x + letter, y + letter + 3), fill=colour)
-        draw.text((x + line, y + 1), name, fill=GREY, font=font)
-        x += length + letter
-    return block.crop((0, 0, width, y + line))
-
-
-def _colour_bar(top: float, width: int, letter: int) -> Image.Image:
-    """Viridis from 0 to `top` with its unit."""
-    block, font = Image.new("RGB", (width, 4 * letter), "white"), ImageFont.load_default(letter)
-    ramp = viridis(np.tile(np.linspace(0, 1, width), (letter, 1)))
-    block.paste(Image.fromarray(ramp), (0, 2))
-    draw = ImageDraw.Draw(block)
-    for x, line, text, anchor in ((0, 1.3, "0", "la"), (width, 1.3, f"{top:.3g}", "ra"),
-                                  (width / 2, 2.5, "std of predicted class's prob.", "ma")):
-        draw.text((x, line * letter), text, fill=GREY, font=font, anchor=anchor)
-    return block
-
-
-# ---------------------------------------------------------------------------------------------
-# Charts: inline SVG. Colours are CSS variables, so that one drawing serves light, dark and print;
-# the fallback values make the same text a valid file of its own.
-# ---------------------------------------------------------------------------------------------
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a8a8a")  # Okabe-Ito
-DASHES = ("", "6 3", "1.5 3", "9 3 2 3")
-CHART_WIDTH, PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 440, 44, 428, 52, 262
-
-
-def _known(value) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """About five round numbers from at most low to at least high."""
-    if not high > low:
-        low, high = low - 0.5, low + 0.5
-    raw = (high - low) / 5
+def _ticks(values, low=None, high=None) -> list[float]:
+    """About five round numbers that span low to high, or where they are None the values."""
+    values = values[np.isfinite(values)] if np.isfinite(values).any() else np.array([0, 1])
+    low, high = values.min() if low is None else low, values.max() if high is None else high
+    raw = (high - low) / 5 or 0.2
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
 
 
-def _text(x, y, text, anchor="start", style="fill:var(--quiet,#777)") -> str:
-    return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" style="{style}">'
-            f"{html.escape(str(text))}</text>")
-
-
-def _axes(title, xticks, yticks, labels):
-    """Grid, ticks and titles as SVG parts, and the two functions from data to picture."""
-    def px(x):
-        return PLOT_LEFT + (x - xticks[0]) / (xticks[-1] - xticks[0]) * (PLOT_RIGHT - PLOT_LEFT)
-
-    def py(y):
-        return PLOT_BOTTOM - (y - yticks[0]) / (yticks[-1] - yticks[0]) * (PLOT_BOTTOM - PLOT_TOP)
-
-    parts = [_text(0, 14, title, style="fill:var(--ink,#555);font-weight:600;font-size:13px"),
-             _text(0, 36, labels[1])]
-    for y in yticks:
-        stroke = "var(--axis,#999)" if y == yticks[0] else "var(--grid,#bbb6)"
-        parts.append(f'<path d="M{PLOT_LEFT} {py(y):.1f}H{PLOT_RIGHT}" style="stroke:{stroke}"/>')
-        parts.append(_text(PLOT_LEFT - 7, py(y) + 4, f"{y:g}", "end"))
-    parts += [_text(px(x), PLOT_BOTTOM + 16, f"{x:g}", "middle") for x in xticks]
-    parts.append(_text(PLOT_RIGHT, PLOT_BOTTOM + 33, labels[0], "end"))
-    return parts, px, py
-
-
-def _svg(title, note, height, parts) -> str:
-    return ('<svg xmlns="http://www.w3.org/2000/svg" role="img" fill="none" '
-            f'viewBox="0 0 {CHART_WIDTH} {height}" style="font:11px system-ui,sans-serif">'
-            f"<title>{html.escape(title)}</title><desc>{html.escape(note)}</desc>"
-            f"{''.join(parts)}</svg>")
+def _text(x, y, text, anchor="start", weight="normal") -> str:
+    return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" '
+            f'fill="currentColor">{html.escape(text)}</text>')
 
 
 def line_chart(title, series, xlabel, ylabel, note="", limits=None, diagonal=False) -> str:
     """Curves as an SVG string.
 
     series: `(label, xs, ys)` or `(label, xs, ys, colour index, dash index)`; None and NaN break the
-    line; up to 20 points are marked. limits: `(x0, x1, y0, y1)`, None where the data decide.
-    diagonal: draw y = x. note: what good looks like, for screen readers.
+    line. limits: `(x0, x1, y0, y1)`, None where the data decide. diagonal: draw y = x. note: what
+    good looks like, for screen readers.
     """
-    spans = list(limits or (None,) * 4)
-    for axis in (0, 1):
-        seen = [v for item in series for v in item[1 + axis] if _known(v)]
-        for end, pick in ((0, min), (1, max)):
-            if spans[2 * axis + end] is None:
-                spans[2 * axis + end] = pick(seen, default=float(end))
-    parts, px, py = _axes(title, _ticks(*spans[:2]), _ticks(*spans[2:]), (xlabel, ylabel))
+    limits = limits or (None,) * 4
+    xticks, yticks = (  # as floats None becomes NaN
+        _ticks(np.concatenate([[], *(np.array(item[axis], dtype=float) for item in series)]),
+               *limits[2 * axis - 2:2 * axis]) for axis in (1, 2))
+
+    def point(x, y):
+        right = LEFT + (x - xticks[0]) / (xticks[-1] - xticks[0]) * (RIGHT - LEFT)
+        down = BOTTOM - (y - yticks[0]) / (yticks[-1] - yticks[0]) * (BOTTOM - TOP)
+        return right, down
+
+    parts = [_text(0, 14, title, weight="bold"), _text(0, 35, ylabel),
+             _text(RIGHT, BOTTOM + 33, xlabel, "end")]
+    parts += [_text(point(x, 0)[0], BOTTOM + 16, f"{x:g}", "middle") for x in xticks]
+    for y in yticks:
+        height = point(0, y)[1]
+        parts.append(f'<path d="M{LEFT} {height:.1f}H{RIGHT}" stroke="#8885"/>')
+        parts.append(_text(LEFT - 7, height + 4, f"{y:g}", "end"))
     if diagonal:
-        low, high = max(spans[0], spans[2]), min(spans[1], spans[3])
-        parts.append(f'<path d="M{px(low):.1f} {py(low):.1f}L{px(high):.1f} {py(high):.1f}" '
-                     'style="stroke:var(--axis,#999);stroke-dasharray:2 4"/>')
+        ends = max(xticks[0], yticks[0]), min(xticks[-1], yticks[-1])
+        series = [*series, ("y = x", ends, ends, len(COLOURS) - 1, 2)]
     for i, (label, xs, ys, *style) in enumerate(series):
         colour, dash = style or (i % len(COLOURS), i // len(COLOURS) % len(DASHES))
-        paint = f"var(--c{colour},{COLOURS[colour]})"
-        line = f'style="stroke:{paint};stroke-width:2;stroke-dasharray:{DASHES[dash] or "none"}"'
-        points = [(px(x), py(y)) if _known(x) and _known(y) else None
-                  for x, y in zip(xs, ys, strict=True)]
-        path = "".join(f"{'L' if before else 'M'}{point[0]:.1f} {point[1]:.1f}"
-                       for before, point in zip([None, *points], points, strict=False) if point)
-        parts.append(f'<path d="{path}" stroke-linejoin="round" {line}/>')
-        if len(points) <= 20:
-            parts += [f'<circle cx="{p[0]:.1f}" cy="{p[1]:.1f}" r="2.6" style="fill:{paint}"/>'
-                      for p in points if p]
-        x, y = (i % 2) * CHART_WIDTH / 2, PLOT_BOTTOM + 58 + 18 * (i // 2)
-        parts.append(f'<path d="M{x} {y - 4}h22" {line}/>')
-        parts.append(_text(x + 28, y, label, style="fill:var(--ink,#555)"))
-    return _svg(title, note, PLOT_BOTTOM + 66 + 18 * ((len(series) - 1) // 2), parts)
+        line = (f'stroke="{COLOURS[colour]}" stroke-dasharray="{DASHES[dash]}" stroke-width="2" '
+                'stroke-linecap="round" stroke-linejoin="round"')
+        path, joined = "", False
+        for x, y in np.array([xs, ys], dtype=float).T:
+            if known := np.isfinite(x + y):  # "h0" makes a dot of a point that stands alone
+                path += ("L" if joined else "M") + "{:.1f} {:.1f}h0".format(*point(x, y))
+            joined = known
+        x, y = i % 2 * CHART_WIDTH / 2, BOTTOM + 57 + 18 * (i // 2)  # the legend, two in a line
+        parts += [f'<path d="{path}" {line}/>', f'<path d="M{x + 1} {y - 4}h22" {line}/>',
+                  _text(x + 30, y, label)]
+    # The grey serves a file of its own; in the report the style sheet sets the page's text colour.
+    return ('<svg xmlns="http://www.w3.org/2000/svg" role="img" fill="none" color="#777" '
+            f'viewBox="0 0 {CHART_WIDTH} {BOTTOM + 65 + 18 * ((len(series) - 1) // 2)}" '
+            'font-family="system-ui,sans-serif" font-size="11">'
+            f"<title>{html.escape(title)}</title><desc>{html.escape(note)}</desc>"
+            f"{''.join(parts)}</svg>")
 
 
-def density_chart(title, counts, maximum, xlabel, ylabel, note="") -> str:
-    """A 2D histogram as an SVG string, colours by the logarithm of the count.
+# ---------------------------------------------------------------- tables
 
-    counts: `[N][N]`, `counts[y][x]` over [0, maximum] on both axes, the smallest values first.
-    """
-    counts = np.asarray(counts, dtype=np.float64)
-    shade = viridis(np.log1p(counts) / max(np.log1p(counts.max()), 1e-9))
-    pixels = np.dstack([shade, np.where(counts > 0, 255, 0).astype(np.uint8)])[::-1]
-    ticks = _ticks(0, maximum)
-    parts, px, py = _axes(title, ticks, ticks, (xlabel, ylabel))
-    x, y, right, bottom = px(0), py(maximum), px(maximum), py(0)
-    parts.append(f'<image x="{x:.1f}" y="{y:.1f}" width="{right - x:.1f}" '
-                 f'height="{bottom - y:.1f}" preserveAspectRatio="none" '
-                 'style="image-rendering:pixelated" '
-                 f'href="{_data_uri(Image.fromarray(np.ascontiguousarray(pixels)))}"/>')
-    parts.append(f'<path d="M{x:.1f} {bottom:.1f}L{right:.1f} {y:.1f}" '
-                 'style="stroke:var(--ink,#555);stroke-dasharray:2 4"/>')
-    parts.append(_text(PLOT_LEFT, PLOT_BOTTOM + 56, "pixels in a cell, logarithmic: dark 1, "
-                       f"bright {int(counts.max()):,}"))
-    return _svg(title, note, PLOT_BOTTOM + 64, parts)
-
-
-def _data_uri(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-# ---------------------------------------------------------------------------------------------
-# Tables and the report
-# ---------------------------------------------------------------------------------------------
-
-COLUMNS = {  # key in metrics.json: heading, factor, digits, +1 more is better, -1 less, 0 neither
-    "miou": ("mIoU %", 100, 2, 1), "pixel_accuracy": ("pixel acc. %", 100, 2, 1),
-    "nll": ("NLL", 1, 4, -1), "brier": ("Brier", 1, 4, -1), "ece": ("ECE %", 100, 2, -1),
-    "auroc": ("AUROC %", 100, 2, 1), "ap": ("AP %", 100, 2, 1), "fpr95": ("FPR95 %", 100, 2, -1),
-    "aurc": ("AURC", 1, 4, -1), "ause": ("AUSE", 1, 4, -1),
-    "rmse": ("RMSE", 1, 4, -1), "rmsle": ("RMSLE", 1, 4, -1), "pearson": ("Pearson", 1, 3, 1),
-    "spearman": ("Spearman", 1, 3, 1), "class_error": ("class error", 1, 4, -1),
-    "parameters": ("parameters, M", 1e-6, 2, 0), "ms_per_image": ("ms / image", 1, 1, -1),
-    "images_per_second": ("images / s", 1, 2, 1), "peak_memory_mb": ("memory, MB", 1, 0, -1)}
-MODELS = ("student", "teacher", "member")  # the place is the model's colour, the same in all charts
-SCORES = ("dudes", "std", "entropy", "mutual_information", "msp", "max_logit", "energy")
-DRAWN = {"dudes": 0, "std": 0, "entropy": 1}  # the scores in the charts and their dashes
+COLUMNS = {  # key in metrics.json: heading with the better side, factor, digits
+    "miou": ("mIoU % ↑", 100, 2), "pixel_accuracy": ("pixel acc. % ↑", 100, 2),
+    "nll": ("NLL ↓", 1, 4), "brier": ("Brier ↓", 1, 4), "ece": ("ECE % ↓", 100, 2),
+    "auroc": ("AUROC % ↑", 100, 2), "ap": ("AP % ↑", 100, 2), "fpr95": ("FPR95 % ↓", 100, 2),
+    "aurc": ("AURC ↓", 1, 4), "ause": ("AUSE ↓", 1, 4), "rmse": ("RMSE ↓", 1, 4),
+    "rmsle": ("RMSLE ↓", 1, 4), "pearson": ("Pearson ↑", 1, 3), "spearman": ("Spearman ↑", 1, 3),
+    "class_error": ("class error ↓", 1, 4), "parameters": ("parameters, M", 1e-6, 2),
+    "ms_per_image": ("ms / image ↓", 1, 1), "images_per_second": ("images / s ↑", 1, 2),
+    "peak_memory_mb": ("memory, MB ↓", 1, 0), "iou": ("IoU %", 100, 1),
+    "uncertainty": ("uncertainty", 1, 4)}
+MODELS = ("student", "teacher", "member")  # the place is the model's colour in every chart
+DRAWN = {"": 0, "dudes": 0, "std": 0, "entropy": 1}  # the scores in the charts and their dashes
 
 
 def _get(tree, *keys):
@@ -729,283 +630,191 @@ def _get(tree, *keys):
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
+def _number(key: str, *values) -> str:
+    """A value as text, or mean ± standard deviation; a dash where nothing is known."""
+    _, factor, digits = COLUMNS[key]
+    return " ± ".join(f"{v * factor:,.{digits}f}" for v in values if v is not None) or "–"
+
+
 def _ordered(scores) -> list[tuple[str, str, dict]]:
-    """(model, score, numbers) of `{"model/score": numbers}`, the unknown last."""
-    order = [f"{model}/{score}" for model in MODELS for score in SCORES]
-    keys = [key for key in scores or {} if "/" in key]
-    keys.sort(key=lambda k: order.index(k) if k in order else len(order))
-    return [(*key.partition("/")[::2], scores[key]) for key in keys]
-
-
-def _label(model: str, score: str) -> str:
-    return f"{model} {score}".replace("_", " ")
+    """(model, score or "", numbers) of `{"model/score" or "model": numbers}`, student first."""
+    rows = [(*key.partition("/")[::2], numbers) for key, numbers in (scores or {}).items()
+            if numbers and isinstance(numbers, dict)]
+    return sorted(rows, key=lambda row: (*MODELS, row[0]).index(row[0]))
 
 
 def _tables(metrics):
-    """The results as (title, keys of its columns, rows of (label, numbers))."""
-    rows = [(m, _get(metrics, "segmentation", m)) for m in MODELS]
-    members = _get(metrics, "segmentation", "members") or {}
-    rows.append((f"mean of {members.get('n')} members", members))
-    yield "Segmentation", ("miou", "pixel_accuracy", "nll", "brier", "ece"), rows
-    sets = {"Finding errors": _get(metrics, "uncertainty")}
-    sets.update({f"Anomalies: {n}": scores for n, scores in (_get(metrics, "ood") or {}).items()})
-    for title, scores in sets.items():
-        keys = ("auroc", "ap", "fpr95", "aurc", "ause")[:5 if title == "Finding errors" else 3]
-        yield title, keys, [(_label(m, s), numbers) for m, s, numbers in _ordered(scores)]
-    yield ("Fidelity", ("rmse", "rmsle", "pearson", "spearman", "class_error"),
-           [("student to teacher", _get(metrics, "fidelity"))])
-    yield ("Cost", ("parameters", "ms_per_image", "images_per_second", "peak_memory_mb"),
-           [(m, _get(metrics, "timing", m)) for m in MODELS])
-
-
-def _cell(numbers, key: str, plus_minus: str, none: str) -> str:
-    """A number as text; where there are `key_mean` and `key_std`, those."""
-    _, factor, digits, _ = COLUMNS[key]
-    parts = [_get(numbers, name) for name in (key, f"{key}_mean", f"{key}_std")]
-    parts = [f"{v * factor:,.{digits}f}" for v in parts if v is not None]
-    return f" {plus_minus} ".join(parts) or none
+    """Yields (title, headings, rows) of the results, all of it text."""
+    detection = ("auroc", "ap", "fpr95")
+    tables = [
+        ("Segmentation", ("miou", "pixel_accuracy", "nll", "brier", "ece"), "segmentation"),
+        ("Finding errors", (*detection, "aurc", "ause"), "uncertainty"),
+        *((f"Anomalies: {name}", detection, "ood", name) for name in _get(metrics, "ood") or ()),
+        ("Fidelity", ("rmse", "rmsle", "pearson", "spearman", "class_error"), "fidelity"),
+        ("Cost", ("parameters", "ms_per_image", "images_per_second", "peak_memory_mb"), "timing")]
+    for title, keys, *path in tables:
+        scores = _get(metrics, *path)
+        rows = [[f"{model} {score}".replace("_", " ")] + [
+            _number(key, *(_get(numbers, key + end) for end in ("", "_mean", "_std")))
+            for key in keys]
+            for model, score, numbers in _ordered(
+                {"student": scores} if title == "Fidelity" else scores)]
+        if rows:
+            yield title, [COLUMNS[key][0] for key in keys], rows
 
 
 def results_table(metrics: dict) -> str:
-    """The results as aligned plain text, at most 100 columns wide; `-` is undefined."""
-    blocks = []
-    for title, keys, rows in _tables(metrics):
-        lines = [[label, *(_cell(numbers, key, "+-", "-") for key in keys)]
-                 for label, numbers in rows if numbers]
-        lines = [[title, *(COLUMNS[key][0] for key in keys)], *lines] if lines else []
-        blocks.append("\n".join(f"{line[0][:30]:<30}" + "".join(f"{c:>14}" for c in line[1:])
-                                for line in lines))
-    return "\n\n".join(block for block in blocks if block)
+    """The results as aligned ASCII text, at most 100 columns wide; - is unknown."""
+    plain, lines = str.maketrans({"±": "+-", "–": "-", "↑": "", "↓": ""}), []
+    for title, headings, rows in _tables(metrics):
+        for label, *cells in ([""], [title, *headings], *rows):
+            cells = [cell.translate(plain).strip() for cell in cells]
+            lines.append(f"{label:<28.28}" + "".join(f"{cell:>14}" for cell in cells))
+    return "\n".join(line.rstrip() for line in lines[1:])
 
 
-def _html_table(head, rows, box="scroll") -> str:
-    """A table that scrolls inside its own box; head and cells are HTML already."""
-    body = "".join(f"<tr><th>{row[0]}</th>" + "".join(f"<td>{cell}</td>" for cell in row[1:])
-                   + "</tr>" for row in rows)
-    head = "".join(f"<th>{cell}</th>" for cell in head)
-    return (f'<div class="{box}"><table><thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>") if rows else ""
+def _html_table(head, rows) -> str:
+    """A table that scrolls inside its own box; nothing without rows."""
+    lines = ["<th>" + "<th>".join(html.escape(cell) for cell in head)]
+    lines += ["<th>" + "<td>".join(html.escape(cell) for cell in row) for row in rows]
+    return f'<div class="scroll"><table><tr>{"<tr>".join(lines)}</table></div>' if rows else ""
 
 
-def _results(title, keys, rows) -> str:
-    """A results table: an arrow to the better side, the best of several in bold."""
-    cells = [[html.escape(label)] + [_cell(numbers, key, "±", "–") for key in keys]
-             for label, numbers in rows if numbers]
-    for column, key in enumerate(keys, 1):
-        values = [_get(numbers, key) for _, numbers in rows if numbers]
-        known = [v * COLUMNS[key][3] for v in values if v is not None]
-        for row, value in zip(cells, values, strict=True):
-            if COLUMNS[key][3] and len(known) > 1 and value == max(known) * COLUMNS[key][3]:
-                row[column] = f"<b>{row[column]}</b>"
-    head = [COLUMNS[key][0] + ("", " ↑", " ↓")[COLUMNS[key][3]] for key in keys]
-    return _html_table([html.escape(title)] + [h.replace(" ", "&nbsp;") for h in head], cells)
-
-
-def _figure(title, series, labels, note, limits=(0, 100, 0, 100), diagonal=False) -> str:
-    """A chart with its caption; nothing where there is no curve."""
-    chart = line_chart(title, series, *labels, note, limits, diagonal) if series else ""
-    return chart and f"<figure>{chart}<figcaption>{html.escape(note)}</figcaption></figure>"
-
-
-def _series(scores, curve, names, number) -> list:
-    """The curve of every score that is drawn, in percent, labelled with its number."""
-    series = []
-    for model, score, values in _ordered(scores):
-        points = _get(values, curve)
-        if points and model in MODELS and score in DRAWN:
-            xs, ys = (_percent(points[name]) for name in names)
-            label = f"{_label(model, score)}  {_cell(values, number, '', '')}"
-            series.append((label, xs, ys, MODELS.index(model), DRAWN[score]))
-    return series
-
-
-def _percent(values) -> list:
-    return [None if v is None else 100 * v for v in values]
-
-
-def _detection(scores, what) -> str:
-    """ROC and precision-recall curves."""
-    return _figure(
-        "ROC, with AUROC in %", _series(scores, "roc", ("fpr", "tpr"), "auroc"),
-        ("false alarms: share of other pixels, %", f"found: share of {what} pixels, %"),
-        "Good: up the left edge at once. The diagonal is guessing.", diagonal=True) + _figure(
-        "Precision and recall, with AP in %", _series(scores, "pr", ("recall", "precision"), "ap"),
-        (f"recall: share of {what} pixels found, %", "precision: right among the alarms, %"),
-        f"Good: towards the top right. Guessing is level at the share of {what} pixels.")
-
-
-def _rejection(metrics) -> str:
-    """The paper's curve and its numbers."""
-    series, rows = [], []
-    for model, score, values in _ordered(_get(metrics, "uncertainty")):
-        if model in MODELS and score in DRAWN and _get(values, "rejection"):
-            ys, label = _percent(values["rejection"]), _label(model, score)
-            classes = _get(values, "rejection_classes") or [None] * len(ys)
-            series.append((label, list(range(0, 100, 10)), ys, MODELS.index(model), DRAWN[score]))
-            rows.append([html.escape(label)] + [
-                (f"{y:.1f}" if _known(y) else "–") + (f" <i>{n}</i>" if n is not None else "")
-                for y, n in zip(ys, classes, strict=True)])
-    chart = _figure(
-        "mIoU without the most uncertain pixels", series,
-        ("most uncertain pixels ignored, %", "mIoU, %"),
-        "Good: rises at once and steeply. Every curve starts at its network’s mIoU. Far right, "
-        "few classes are left and the mean is over those alone.", (0, 90, None, 100))
-    head = ["mIoU % <i>classes left</i>"] + [f"{x}&nbsp;%" for x in range(0, 100, 10)]
-    return chart + _html_table(head, rows)
-
-
-def _classes(metrics) -> str:
-    """IoU and mean uncertainty of every class, as numbers over bars."""
-    rows = _get(metrics, "classes") or []
-    columns = [(kind, m) for kind in ("iou", "uncertainty") for m in MODELS
-               if any(_get(row, kind, m) is not None for row in rows)]
-    top = max([_get(row, "uncertainty", m) or 0 for row in rows for m in MODELS], default=0) or 1
-    body = []
-    for row in rows:
-        cells = [html.escape(str(row.get("name")))]
-        for kind, model in columns:
-            value, most = _get(row, kind, model), {"iou": 1, "uncertainty": top}[kind]
-            text = "–" if value is None else (f"{100 * value:.1f}", f"{value:.4f}")[most != 1]
-            cells.append(f'<div class="bar" style="--w:{100 * (value or 0) / most:.1f}%;'
-                         f'--c:var(--c{MODELS.index(model)})">{text}</div>')
-        body.append(cells)
-    names = {"iou": "IoU&nbsp;%", "uncertainty": "uncertainty"}
-    return _html_table(["class"] + [f"{names[kind]}<br>{m}" for kind, m in columns], body)
-
-
-def _headline(metrics) -> str:
-    """The outcome in one sentence, whichever way it went."""
-    def auroc(model, score):
-        return _get(metrics, "uncertainty", f"{model}/{score}", "auroc")
-
-    model = next((m for m in MODELS if _get(metrics, "segmentation", m)), None)
-    if model is None:
-        return "Nothing was evaluated."
-    miou = {m: _get(metrics, "segmentation", m, "miou") for m in MODELS}
-    miou = {m: f"{100 * v:.1f} %" for m, v in miou.items() if v is not None}
-    text = "In a single forward pass the student" if model == "student" else f"The {model}"
-    text += f" reaches {miou.pop(model, '–')} mIoU"
-    text += f" ({', '.join(f'{m} {v}' for m, v in miou.items())})" if miou else ""
-    own = auroc(model, {"student": "dudes", "teacher": "std", "member": "entropy"}[model])
-    if own is not None:
-        text += f" and ranks its own errors with an AUROC of {100 * own:.1f} %"
-        rivals = {"the teacher’s std": auroc("teacher", "std") if model == "student" else None,
-                  "its own entropy": auroc(model, "entropy") if model != "member" else None}
-        gaps = {k: round(100 * (own - v), 1) for k, v in rivals.items() if v is not None}
-        text += ": " * bool(gaps) + " and ".join(
-            f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'} {name}" if gap else
-            f"level with {name}" for name, gap in gaps.items())
-    cost = [_get(metrics, "timing", m, "ms_per_image") for m in ("student", "teacher")]
-    if model == "student" and all(cost):
-        text += f", in {100 * cost[0] / cost[1]:.0f} % of the teacher’s time"
-    text += "." if model == "student" else "; this run has no student."
-    return text.replace(" %", "\u00a0%")  # a number and its unit stay on one line
-
+# ---------------------------------------------------------------- report
 
 STYLE = """
-:root{color-scheme:light dark;--paper:#fff;--ink:#1d2126;--quiet:#646c76;--grid:#e6e8eb;
---axis:#9aa1a9;--c0:#0072b2;--c1:#d55e00;--c2:#009e73}
-@media screen and (prefers-color-scheme:dark){:root{--paper:#14171a;--ink:#e4e7ea;--quiet:#9ba3ac;
---grid:#2a2f35;--axis:#606871;--c0:#56b4e9;--c1:#f0803c;--c2:#2dc39a}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:1040px;padding:40px 20px 64px;background:var(--paper);
-color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-h1{font-size:15px;font-weight:600;color:var(--quiet);margin:0 0 8px}
-h2{font-size:18px;margin:48px 0 4px}p{margin:0 0 14px;color:var(--quiet);max-width:46em}
-.lead{color:inherit;font-size:clamp(18px,3.4vw,22px);line-height:1.4;margin:0;text-wrap:pretty}
-.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));
-gap:28px 40px;margin:18px 0}
-figure{margin:0;max-width:520px;break-inside:avoid}svg,img{width:100%;height:auto;display:block}
-figcaption,td i,th i{font-size:13px;color:var(--quiet)}
-.scroll{overflow-x:auto;margin:10px 0 22px}
-table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums;min-width:100%}
-th,td{padding:5px 0 5px 20px;text-align:right;border-bottom:1px solid var(--grid)}
-th,.scroll td{white-space:nowrap;font-weight:400}
-th:first-child{text-align:left;padding-left:0}
-thead th{color:var(--quiet);border-color:var(--axis);vertical-align:bottom}
-thead th:first-child{color:var(--ink);font-weight:600}i{font-style:normal;font-weight:400}
-td i,th i{font-size:11px}.protocol *{text-align:left}.protocol td{overflow-wrap:anywhere}
-.bar{min-width:72px;padding-bottom:4px;background:linear-gradient(var(--c),var(--c)) no-repeat
-0 100%/var(--w) 3px;print-color-adjust:exact;-webkit-print-color-adjust:exact}
-.panel{max-width:none}.panel img{min-width:820px}
-@media print{body,table,figcaption{max-width:none;padding:0;font-size:11px}.panel img{min-width:0}
-.scroll{overflow:visible}th,td{padding:3px 0 3px 10px}h2,p{break-after:avoid}
-tr{break-inside:avoid}.pair{grid-template-columns:1fr 1fr;gap:14px 24px}}
+:root{color-scheme:light dark}
+body{max-width:1000px;margin:auto;padding:24px 16px;font:15px/1.5 system-ui,sans-serif}
+h1{font-size:15px;margin:0}h2{font-size:18px;margin:40px 0 4px}.lead{font-size:20px}p{margin:0}
+figure{display:inline-block;width:min(100%,470px);margin:14px 20px 14px 0;vertical-align:top}
+figure:has(img){width:100%;overflow-x:auto}svg,img{width:100%;display:block;color:inherit}
+figcaption,table{font-size:13.5px}.scroll{overflow-x:auto;margin:10px 0}img{min-width:820px}
+table{border-collapse:collapse;min-width:100%;font-variant-numeric:tabular-nums}
+th,td{padding:4px 0 4px 18px;text-align:right;white-space:nowrap;border-bottom:1px solid #8885}
+th:first-child,td:only-of-type{text-align:left;font-weight:400}th:first-child{padding:0}
+td:only-of-type{white-space:normal;overflow-wrap:anywhere}
+@media print{body{max-width:none;font-size:11px}.scroll{overflow:visible}img{min-width:0}
+h2,p{break-after:avoid}tr,figure{break-inside:avoid}figure{width:45%}}
 """
+FIGURES = {  # curve: title, number in its labels, keys of x and y, axes, limits, what is good
+    "reliability": ("Reliability, with ECE in %", "ece", ("confidence", "accuracy"),
+                    "confidence: largest probability, %", "accuracy, %", (0, 100, 0, 100),
+                    "Good: on the diagonal. Below it the network is overconfident."),
+    "rejection": ("mIoU without the most uncertain pixels", None, None,
+                  "most uncertain pixels ignored, %", "mIoU of the rest, %", (0, 90, None, 100),
+                  "Good: rises at once and steeply. Far right, few classes may be left."),
+    "risk_coverage": ("Risk and coverage, with AURC", "aurc", ("coverage", "risk"),
+                      "most certain pixels kept, %", "wrong among them, %", (0, 100, 0, None),
+                      "Good: along the bottom for long. It ends at the network’s error rate."),
+    "roc": ("ROC, with AUROC in %", "auroc", ("fpr", "tpr"),
+            "false alarms: share of other pixels, %", "found: share of positive pixels, %",
+            (0, 100, 0, 100), "Good: up the left edge at once. The diagonal is guessing."),
+    "pr": ("Precision and recall, with AP in %", "ap", ("recall", "precision"),
+           "recall: share of positive pixels found, %", "precision: right among the alarms, %",
+           (0, 100, 0, 100), "Good: top right. Guessing is level at the share of positives.")}
 
 
-def _calibration(metrics) -> str:
-    """Reliability diagrams and risk-coverage curves."""
-    bins = [(m, _get(metrics, "segmentation", m, "reliability")) for m in MODELS]
-    bins = [(f"{m}  {_cell(metrics['segmentation'][m], 'ece', '', '')}", _percent(b["confidence"]),
-             _percent(b["accuracy"]), MODELS.index(m), 0) for m, b in bins if b]
-    return _figure(
-        "Reliability, with ECE in %", bins, ("confidence: largest probability, %", "accuracy, %"),
-        "Good: on the diagonal. Below it the network is overconfident, above it too cautious.",
-        diagonal=True) + _figure(
-        "Risk and coverage, with AURC",
-        _series(_get(metrics, "uncertainty"), "risk_coverage", ("coverage", "risk"), "aurc"),
-        ("coverage: most certain pixels kept, %", "risk: wrong among the kept, %"),
-        "Good: along the bottom for as long as possible. All end at the network’s error rate.",
-        (0, 100, 0, None))
+def _curve(name, scores) -> str:
+    """The chart of one kind of curve for every score that is drawn; empty where there is none."""
+    title, number, keys, xlabel, ylabel, limits, note = FIGURES[name]
+    series = []
+    for model, score, values in _ordered(scores):
+        points = _get(values, name)
+        if points and model in MODELS and score in DRAWN:
+            # a rejection curve is a bare list: a value for every tenth of the pixels ignored
+            points = [points[key] for key in keys] if keys else [np.arange(10) / 10, points]
+            label = f"{model} {score} {_number(number, _get(values, number)) if number else ''}"
+            xs, ys = 100 * np.array(points, dtype=float)
+            series.append((label, xs, ys, MODELS.index(model), DRAWN[score]))
+    diagonal = name in ("reliability", "roc")
+    chart = line_chart(title, series, xlabel, ylabel, note, limits, diagonal)
+    return _figure(chart, note) if series else ""
+
+
+def _figure(picture, caption) -> str:
+    return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def _density(fidelity) -> str:
-    if not _get(fidelity, "density"):
+    """The joint histogram of both uncertainties as a picture inside an empty chart."""
+    counts = np.asarray(_get(fidelity, "density") or [[0]], dtype=float)  # [student's, teacher's]
+    if not counts.any():
         return ""
-    note = "Good: a narrow ridge along the diagonal. Below it the student is too sure of itself."
-    chart = density_chart("Uncertainty of student and teacher, per pixel", fidelity["density"],
-                          _get(fidelity, "density_max") or 0.53, "teacher: std over its members",
-                          "student: predicted std", note)
-    return f"<figure>{chart}<figcaption>{note}</figcaption></figure>"
+    shade = viridis(np.log1p(counts) / np.log1p(counts.max()))
+    pixels = np.dstack([shade, np.where(counts > 0, 255, 0).astype(np.uint8)])  # empty: transparent
+    buffer, top = io.BytesIO(), _get(fidelity, "density_max") or 0.53
+    Image.fromarray(pixels[::-1].copy()).save(buffer, "PNG")
+    share = top / _ticks(np.array([0, top]))[-1]  # of the axes, which end at a round number
+    width, height = share * (RIGHT - LEFT), share * (BOTTOM - TOP)
+    picture = (f'<image x="{LEFT}" y="{BOTTOM - height}" width="{width}" height="{height}" '
+               f'preserveAspectRatio="none" href="{_data_uri(buffer.getvalue())}"/>')
+    note = "Good: a narrow ridge on the diagonal. Below it the student is surer than its teacher."
+    chart = line_chart("Pixels by uncertainty, yellow where most are", [], "teacher: std",
+                       "student: predicted std", note, (0, top, 0, top), diagonal=True)
+    return _figure(chart.replace("</desc>", "</desc>" + picture), note)
 
 
-def _sections(metrics, panels) -> list[tuple[str, str, str]]:
-    """The report as (heading, a line on how to read it, HTML); what is missing has empty HTML."""
-    tables = {title: _results(title, keys, rows) for title, keys, rows in _tables(metrics)}
-    anomalies = [(f"Anomalies: {name}", "Positive is a pixel of an object never trained on.",
-                  tables[f"Anomalies: {name}"] + _pair(_detection(scores, "anomalous")))
-                 for name, scores in (_get(metrics, "ood") or {}).items()]
-    pictures = "".join(
-        f'<figure class="panel"><figcaption>{html.escape(title)}</figcaption><div class="scroll">'
-        f'<img alt="{html.escape(title)}" src="{_data_uri(Image.open(file))}"></div></figure>'
-        for title, file in panels)
-    protocol = [[html.escape("–" if v is None else str(v)) for v in item]
-                for item in (_get(metrics, "protocol") or {}).items()]
-    return [
-        ("Results", "The arrow points to the better side; the best of each column is bold.",
-         tables["Segmentation"] + tables["Finding errors"]),
-        ("Rejection", "The paper’s question: is the network better where it is sure?",
-         _rejection(metrics)),
-        ("Calibration and selective prediction", "", _pair(_calibration(metrics))),
-        ("Finding errors", "Positive is a wrong pixel; each network is asked for its own errors.",
-         _pair(_detection(_get(metrics, "uncertainty"), "wrong"))),
-        *anomalies,
-        ("Classes", "Mean uncertainty is over the pixels that a network predicts as the class.",
-         _classes(metrics)),
-        ("Fidelity", "How closely the student’s uncertainty follows its teacher’s, pixel by pixel.",
-         tables["Fidelity"] + _pair(_density(_get(metrics, "fidelity")))),
-        ("Cost", "One image, from pixels to class and uncertainty.", tables["Cost"]),
-        ("Images", "White in the accuracy map is wrong or void. Good: bright where it is white.",
-         pictures),
-        ("Protocol", "", _html_table(["setting", "value"], protocol, "protocol"))]
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _pair(charts: str) -> str:
-    return charts and f'<div class="pair">{charts}</div>'
+def _headline(metrics) -> str:
+    """The outcome in one sentence, made from the numbers that are there."""
+    def listed(part, number, keys):
+        values = {key.replace("/", " "): _get(metrics, part, key, number) for key in keys}
+        return ", ".join(f"{100 * v:.1f}\u00a0% ({k})" for k, v in values.items() if v is not None)
+
+    miou = listed("segmentation", "miou", MODELS)
+    auroc = listed("uncertainty", "auroc",
+                   ("student/dudes", "teacher/std", "student/entropy", "member/entropy"))
+    times = [_get(metrics, "timing", m, "ms_per_image") for m in ("student", "teacher")]
+    text = f"The mIoU is {miou}" if miou else "No mIoU was measured"
+    text += f"; wrong pixels are found with an AUROC of {auroc}" if auroc else ""
+    if all(times):
+        text += f"; the student takes {100 * times[0] / times[1]:.0f}\u00a0% of the teacher’s time"
+    return text + "."
+
+
+def _sections(metrics, panels):
+    """Yields (heading, how to read it, HTML below the table of that title)."""
+    yield ("Segmentation", "The arrows point to the better side.",
+           _curve("reliability", _get(metrics, "segmentation")))
+    yield ("Finding errors", "Positive is a wrong pixel; each network is asked for its own errors.",
+           "".join(_curve(curve, _get(metrics, "uncertainty"))
+                   for curve in ("rejection", "risk_coverage", "roc", "pr")))
+    for name, scores in (_get(metrics, "ood") or {}).items():
+        yield (f"Anomalies: {name}", "Positive is a pixel of an object that was never trained on.",
+               _curve("roc", scores) + _curve("pr", scores))
+    yield ("Fidelity", "How closely the student’s uncertainty follows its teacher’s, by pixel.",
+           _density(_get(metrics, "fidelity")))
+    classes = _get(metrics, "classes") or []
+    columns = [(kind, model) for kind in ("iou", "uncertainty") for model in MODELS
+               if any(_get(row, kind, model) is not None for row in classes)]
+    yield ("Classes", "Uncertainty: mean over the pixels that a network predicts as the class.",
+           _html_table(["class"] + [f"{model} {COLUMNS[kind][0]}" for kind, model in columns],
+                       [[str(row.get("name")), *(_number(kind, _get(row, kind, model))
+                                                 for kind, model in columns)] for row in classes]))
+    yield "Cost", "From pixels to class and uncertainty.", ""
+    yield ("Images", "Good: uncertainty is bright where the accuracy map is white.", "".join(
+        _figure(f'<img alt="" src="{_data_uri(Path(file).read_bytes())}">', title)
+        for title, file in panels))
+    protocol = (_get(metrics, "protocol") or {}).items()
+    yield ("Protocol", "What the numbers depend on.", _html_table(
+        ["setting", "value"], [[key, "–" if v is None else str(v)] for key, v in protocol]))
 
 
 def write_report(metrics: dict, panels, path) -> None:
     """Write the report: one HTML file that needs nothing else, no script, no network.
 
     metrics: the content of metrics.json; whatever is missing there is left out here.
-    panels: `(title, file of a picture)`, in the order to show them.
+    panels: `(title, PNG file)`, in the order to show them.
     """
-    data = _get(metrics, "protocol", "dataset")
-    title = html.escape(f"Uncertainty report: {data}" if data else "Uncertainty report")
-    body = "".join(f"<section><h2>{html.escape(heading)}</h2>"
-                   + (f"<p>{html.escape(line)}</p>" if line else "") + content + "</section>"
-                   for heading, line, content in _sections(metrics, panels) if content)
+    tables = {title: _html_table(["", *head], rows) for title, head, rows in _tables(metrics)}
+    title = html.escape(f"Uncertainty report: {_get(metrics, 'protocol', 'dataset') or ''}")
+    body = ""
+    for heading, line, content in _sections(metrics, panels):
+        if content := tables.get(heading, "") + content:
+            body += f"<h2>{html.escape(heading)}</h2><p>{line}</p>{content}"
     Path(path).write_text(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -1113,7 +922,8 @@ def main(args: argparse.Namespace) -> None:
         results["ood"][name] = evaluate_ood(networks, name, ood_set, args)
     if results["fidelity"]:
         classwise = [[row["uncertainty"][model] for row in results["classes"]] for model in ("student", "teacher")]
-        results["fidelity"]["class_error"] = float(np.nanmean(np.abs(np.subtract(*classwise))))
+        gaps = np.abs(np.subtract(*classwise))  # NaN where one of them never predicts the class
+        results["fidelity"]["class_error"] = float(np.mean(gaps[~np.isnan(gaps)])) if (gaps >= 0).any() else math.nan
     results["timing"] = benchmark(networks, dataset[0].image, args) if args.benchmark else {}
     results = clean({"protocol": protocol(args, dataset, networks, results)} | results)
 

@@ -59,8 +59,7 @@ def _sum_over_classes(term, probs: Tensor) -> Tensor:
     """Sum of term(p) over dim 1, one class at a time: no temporary of the size of probs."""
     if probs.stride(1) == 1:  # channels_last: each plane would touch all of the memory
         return term(_at_least_float32(probs)).sum(1)
-    terms = (term(_at_least_float32(plane)) for plane in probs.unbind(1))
-    return functools.reduce(Tensor.add_, terms)
+    return functools.reduce(Tensor.add_, (term(_at_least_float32(p)) for p in probs.unbind(1)))
 
 
 def float16_bucket(scores: Tensor) -> Tensor:
@@ -92,7 +91,6 @@ def thin_curve(x: np.ndarray, y: np.ndarray, points: int = 200) -> np.ndarray:
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean of what is not NaN; NaN, without a warning, where nothing is left."""
     values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else NAN
 
@@ -309,8 +307,7 @@ class Detection(_ScoreHistogram):
             auroc = float((np.diff(fpr, prepend=0) * (tpr - steps / 2)).sum())
             ap = float((steps * precision).sum())
             fpr95 = float(fpr[np.argmax(tpr >= 0.95)])
-        n = positives + negatives
-        return dict(auroc=auroc, ap=ap, fpr95=fpr95, n=n, positives=positives)
+        return dict(auroc=auroc, ap=ap, fpr95=fpr95, n=positives + negatives, positives=positives)
 
 
 class SelectivePrediction(_ScoreHistogram):
@@ -319,8 +316,7 @@ class SelectivePrediction(_ScoreHistogram):
     Risk at coverage k/N: the expected error rate of the k most certain of N pixels, errors evenly
     spread inside a tie; AURC: its mean over k = 1..N (Geifman et al. 2019). With r the risk at 1,
     E-AURC = AURC - (r + (1 - r) ln(1 - r)), the oracle's area for N to infinity (O(log N / N) below
-    that for N); AUSE, the area between both curves divided by r, is E-AURC / r. Certain: u <= t
-    (Mukhoti & Gal 2018).
+    that for N), and AUSE = E-AURC / r is the area between the two curves, both divided by r.
     """
 
     def update(self, uncertainty: Tensor, correct: Tensor, valid: Tensor | None = None) -> None:
@@ -329,12 +325,12 @@ class SelectivePrediction(_ScoreHistogram):
 
     def compute(self) -> dict:
         """-> aurc, eaurc, ause (NaN without an error), error_rate, median, n; at the median:
-        p_accurate_certain, p_uncertain_inaccurate, pavpu; sweep: lists of 21 of these, of t and of
-        threshold = min + t (max - min); risk_coverage: lists coverage, risk of at most 200."""
+        p_accurate_certain, p_uncertain_inaccurate, pavpu (certain: u <= median; Mukhoti & Gal
+        2018); sweep: lists of 21 of these, of t and of threshold = min + t (max - min);
+        risk_coverage: lists coverage, risk of at most 200."""
         values, wrong, right = self._distinct()
         pixels, errors = np.cumsum(wrong + right), np.cumsum(wrong)
-        n = pixels[-1]
-        coverage, risk = _ratio(pixels, n), _ratio(errors, pixels)
+        n, coverage, risk = pixels[-1], _ratio(pixels, pixels[-1]), _ratio(errors, pixels)
         aurc, r = self._aurc(wrong, right), risk[-1]
         eaurc = aurc - (r + (1 - r) * np.log1p(-r) if r != 1 else 1)
         t = np.arange(21) / 20
@@ -389,8 +385,7 @@ class RejectionCurve(Accumulator):
         c, bucket = self.num_classes, float16_bucket(uncertainty).reshape(-1)
         labels, prediction = _class_index(labels, c), _class_index(prediction, c).int()
         right = labels == prediction
-        predicted = torch.where(right, prediction, prediction + c)
-        predicted = torch.where(labels < c, predicted, 2 * c)
+        predicted = torch.where(labels < c, torch.where(right, prediction, prediction + c), 2 * c)
         missed = torch.where(right, c, labels.int())
         for name, kind in (("predicted", predicted), ("missed", missed)):
             width = self.layout[name][1]

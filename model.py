@@ -294,7 +294,7 @@ def read_tensors(path: str | Path) -> dict:
         raise ModelError(f"no such checkpoint: {path}; check the path, or train it first")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
         reason = "it is empty" if path.stat().st_size == 0 else str(error).strip().splitlines()[0][:120]
         raise ModelError(f"{path} is not a readable checkpoint ({reason}); restore it or train it again") from error
     if not isinstance(content, dict):

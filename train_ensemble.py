@@ -31,23 +31,24 @@ from evaluate import Parser, UsageError, autocast, choose_device, run, validate
 from model import BACKBONES, DeepLabV3, load_weights, read_checkpoint, read_tensors, save_atomically, versions
 
 # One row a data set. lr, head_lr_mult and warmup are for pretrained weights; SCRATCH replaces them without.
-# scale: a view is resized by a factor from it; warmup: steps; jitter: colour jitter of the student (the paper, VOC).
+# scale: a view is resized by a factor from it; warmup: steps; jitter, views: colour jitter (the paper, VOC) and
+# kept teacher targets of the student.
 RECIPES = {
     "synthetic": dict(backbone="resnet18", weights="none", epochs=10, batch_size=8, crop_size=(96, 144), lr=0.01,
-                      head_lr_mult=10.0, weight_decay=5e-4, warmup=0, scale=(0.75, 1.5), jitter=0.0),
+                      head_lr_mult=10.0, weight_decay=5e-4, warmup=0, scale=(0.75, 1.5), jitter=0.0, views=5),
     "camvid": dict(backbone="resnet101", weights="imagenet", epochs=100, batch_size=8, crop_size=(360, 480), lr=0.01,
-                   head_lr_mult=10.0, weight_decay=5e-4, warmup=0, scale=(0.5, 2.0), jitter=0.0),
+                   head_lr_mult=10.0, weight_decay=5e-4, warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5),
     "cityscapes": dict(backbone="resnet101", weights="imagenet", epochs=200, batch_size=16, crop_size=(768, 768), lr=0.01,
-                       head_lr_mult=10.0, weight_decay=5e-4, warmup=0, scale=(0.5, 2.0), jitter=0.0),
+                       head_lr_mult=10.0, weight_decay=5e-4, warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5),
     "voc": dict(backbone="resnet101", weights="imagenet", epochs=100, batch_size=16, crop_size=(512, 512), lr=0.001,
-                head_lr_mult=10.0, weight_decay=1e-4, warmup=0, scale=(0.5, 2.0), jitter=0.2),
+                head_lr_mult=10.0, weight_decay=1e-4, warmup=0, scale=(0.5, 2.0), jitter=0.2, views=5),
     "folder": dict(backbone="resnet101", weights="imagenet", epochs=100, batch_size=8, crop_size=(512, 512), lr=0.01,
-                   head_lr_mult=10.0, weight_decay=5e-4, warmup=0, scale=(0.5, 2.0), jitter=0.0),
+                   head_lr_mult=10.0, weight_decay=5e-4, warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5),
 }  # fmt: skip
 SCRATCH = dict(lr=0.05, head_lr_mult=1.0, warmup=50)
 ROLES = {"member": 0, "student": 1}
 # what may differ between a command and the run that it continues
-FREE = {"members", "member_ids", "workers", "device", "data", "save_every", "overwrite", "out", "cache", "func"}
+FREE = {"members", "member_ids", "workers", "device", "data", "save_every", "overwrite", "out", "cache"}
 
 
 # ------------------------------------------------------------------------------ the run
@@ -64,9 +65,9 @@ def resolve(args: argparse.Namespace, recipe: dict) -> argparse.Namespace:
         recipe = recipe | {"crop_size": tuple(map(min, zip(recipe["crop_size"], args.image_size, strict=True)))}
     if (args.weights or recipe["weights"]) == "none":
         recipe = recipe | SCRATCH
-    for key, value in recipe.items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
+    for key in vars(args).keys() & recipe.keys():
+        if getattr(args, key) is None:
+            setattr(args, key, recipe[key])
     device = choose_device(args.device)
     args.device = str(device)
     if args.amp == "auto":
@@ -104,9 +105,8 @@ def check_same(saved: dict, args: argparse.Namespace, path: Path) -> None:
 
 def plain(args: argparse.Namespace) -> dict:
     """The flags as checkpoints store them: lists, numbers and strings."""
-    convert = {Path: str, tuple: list}
-    values = {k: v for k, v in vars(args).items() if not callable(v)}
-    return {k: convert.get(type(v), str if isinstance(v, Path) else lambda x: x)(v) for k, v in values.items()}
+    return {k: str(v) if isinstance(v, Path) else [str(x) if isinstance(x, Path) else x for x in v] if isinstance(v, list | tuple) else v
+            for k, v in sorted(vars(args).items())}
 
 
 def open_splits(args: argparse.Namespace) -> tuple[data.SegmentationDataset, data.SegmentationDataset]:

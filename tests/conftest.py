@@ -1,0 +1,74 @@
+"""Data sets in their publishers' layouts, written small, and the commands run in this process."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import distill
+import evaluate
+import train_ensemble
+
+
+def scene(rng, size=(40, 56), classes=4):
+    """A picture whose colours tell the class: blocks of 8 x 8 pixels. Returns uint8 image, labels."""
+    blocks = rng.integers(classes, size=(-(-size[0] // 8), -(-size[1] // 8)))
+    labels = np.kron(blocks, np.ones((8, 8), int))[: size[0], : size[1]].astype(np.uint8)
+    image = 40 + 50 * labels[..., None] + np.array([0, 20, 40]) + rng.integers(-10, 10, (*size, 3))
+    return image.clip(0, 255).astype(np.uint8), labels
+
+
+def write_folder(root, train=5, val=3, size=(40, 56), classes=4):
+    """The layout `folder`; a pixel row of every mask is void."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for number in range(count):
+            image, labels = scene(rng, size, classes)
+            labels[0] = 255
+            Image.fromarray(image).save(root / "images" / split / f"{number}.png")
+            Image.fromarray(labels).save(root / "labels" / split / f"{number}.png")
+    (root / "classes.txt").write_text("".join(f"class {c}\n" for c in range(classes)))
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "data")
+
+
+COMMANDS = {"train": train_ensemble, "distill": distill, "evaluate": evaluate}
+
+
+@pytest.fixture
+def command(capsys):
+    """command("train", "--members", 2) -> (exit code, stdout, stderr), in this process."""
+
+    def call(name, *flags):
+        module = COMMANDS[name]
+        try:
+            code = evaluate.run(module.main, module.get_args_parser(), [str(flag) for flag in flags])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def small(folder, *more):
+    """Flags for a training of seconds."""
+    return ("--dataset", "folder", "--data", folder, "--backbone", "resnet18", "--weights", "none",
+            "--crop-size", 32, 32, "--batch-size", 2, "--epochs", 2, "--device", "cpu", *more)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """(data folder, checkpoint folder) of two members and a student."""
+    root = tmp_path_factory.mktemp("trained")
+    data = write_folder(root / "data")
+    for module, flags in (
+        (train_ensemble, [*small(data), "--members", 2, "--out", root / "ckpts"]),
+        (distill, ["--teacher", root / "ckpts", "--device", "cpu"]),
+    ):
+        assert evaluate.run(module.main, module.get_args_parser(), [str(flag) for flag in flags]) == 0
+    return data, root / "ckpts"

@@ -1,0 +1,336 @@
+"""Readers on files in the publishers' layouts, training views, loaders, the drawn scenes."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import scene, write_folder
+from PIL import Image
+
+import data
+from data import IGNORED, VOID, DataError, EpochBatches, TrainingViews, open_dataset
+
+
+def save(path, array, palette=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(array)
+    if palette is not None:
+        image = image.convert("L")
+        image.putpalette(palette)  # mode P, as the publisher's masks
+    image.save(path)
+    return path
+
+
+# ------------------------------------------------------------------------------ layouts
+
+
+def test_camvid(tmp_path):
+    image, labels = scene(np.random.default_rng(0), (360, 480), 12)  # 11 is void
+    for split, suffix in (("train", "png"), ("val", "jpg")):
+        save(tmp_path / split / f"0001TP_006690.{suffix}", image)
+        save(tmp_path / f"{split}annot" / "0001TP_006690.png", labels)
+    dataset = open_dataset("camvid", tmp_path, "train")
+    assert dataset.classes[0] == "sky" and dataset.classes[-1] == "bicyclist" and len(dataset.classes) == 11
+    sample = dataset[0]
+    assert sample.image.shape == (3, 360, 480) and sample.image.dtype == torch.uint8
+    np.testing.assert_array_equal(sample.labels, np.where(labels == 11, VOID, labels))
+    np.testing.assert_array_equal(sample.image.permute(1, 2, 0), image)
+    assert len(open_dataset("camvid", tmp_path, "val")) == 1
+
+
+def test_cityscapes_at_its_size_and_mapping(tmp_path):
+    rng = np.random.default_rng(0)
+    ids = np.kron(rng.integers(0, 34, (8, 16)), np.ones((128, 128), int)).astype(np.uint8)
+    image = rng.integers(0, 256, (1024, 2048, 3)).astype(np.uint8)
+    stem = "leftImg8bit/val/lindau/lindau_000000_000019_leftImg8bit.png"
+    save(tmp_path / stem, image)
+    save(tmp_path / "gtFine/val/lindau/lindau_000000_000019_gtFine_labelIds.png", ids)
+    save(tmp_path / "gtFine/val/lindau/lindau_000000_000019_gtFine_color.png", image)
+    dataset = open_dataset("cityscapes", tmp_path, "val", image_size=(512, 1024))
+    sample = dataset[0]
+    assert sample.image.shape == (3, 512, 1024) and sample.labels.shape == (1024, 2048)
+    # the publisher's table: 7 road, 8 sidewalk, 11 building, 24 person, 26 car, 33 bicycle; 29, 30 are void
+    for number, train_id in {7: 0, 8: 1, 11: 2, 24: 11, 26: 13, 33: 18, 0: VOID, 29: VOID, 30: VOID, 6: VOID}.items():
+        assert (sample.labels.numpy()[ids == number] == train_id).all()
+    assert dataset.classes[0] == "road" and dataset.classes[18] == "bicycle" and len(dataset.classes) == 19
+
+
+@pytest.mark.parametrize("prefix", ["", "VOC2012", "VOCdevkit/VOC2012"])
+def test_voc_palette_masks(tmp_path, prefix):
+    root = tmp_path / prefix
+    image, labels = scene(np.random.default_rng(0), (366, 500), 21)
+    labels[:5] = 255
+    palette = np.array(data.bit_palette(256), np.uint8).tobytes()
+    for stem in ("2007_000032", "2007_000039"):
+        save(root / "JPEGImages" / f"{stem}.jpg", image)
+    save(root / "SegmentationClass" / "2007_000032.png", labels, palette)
+    save(root / "SegmentationClassAug" / "2007_000039.png", labels)
+    lists = root / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("2007_000032\n")
+    (lists / "trainaug.txt").write_text("/JPEGImages/2007_000039.jpg /SegmentationClassAug/2007_000039.png\n")
+    assert Image.open(root / "SegmentationClass" / "2007_000032.png").mode == "P"
+    for split in ("train", "trainaug"):
+        dataset = open_dataset("voc", tmp_path, split)
+        np.testing.assert_array_equal(dataset[0].labels, labels)
+    assert dataset.palette[:3] == [(0, 0, 0), (128, 0, 0), (0, 128, 0)] and dataset.palette[15] == (192, 128, 128)
+
+
+def test_folder_with_subfolders_and_16_bit_masks(tmp_path):
+    write_folder(tmp_path, train=2, val=1)
+    image, labels = scene(np.random.default_rng(1))
+    save(tmp_path / "images/train/town/x.jpg", image)
+    save(tmp_path / "labels/train/town/x.png", labels.astype(np.uint16))
+    dataset = open_dataset("folder", tmp_path, "train")
+    assert len(dataset) == 3 and dataset.classes == [f"class {c}" for c in range(4)]
+    np.testing.assert_array_equal(dataset[2].labels, labels)
+
+
+def test_images_of_any_mode(tmp_path):
+    grey = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+    picture = Image.fromarray(grey)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by a quarter turn
+    picture.save(tmp_path / "grey.png")
+    picture.convert("RGBA").save(tmp_path / "rgba.png")
+    picture.convert("P").save(tmp_path / "palette.png")
+    picture.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    picture.save(tmp_path / "picture.webp")
+    for path in tmp_path.iterdir():
+        image = data.read_image(path)
+        assert image.mode == "RGB" and image.size == ((3, 4) if path.stem == "turned" else (4, 3))
+
+
+# ------------------------------------------------------------------------------ bad input
+
+
+def test_every_bad_file_is_named(tmp_path):
+    def broken(change, words):
+        root = write_folder(tmp_path / words[0].replace("/", "_"), train=2, val=1)
+        change(root)
+        with pytest.raises(DataError) as error:
+            dataset = open_dataset("folder", root, "train")
+            [dataset[i] for i in range(len(dataset))]
+        message = str(error.value)
+        assert all(word in message for word in words) and "\n" not in message
+
+    image, labels = scene(np.random.default_rng(0))
+    mask = "labels/train/1.png"
+    broken(lambda r: (r / mask).unlink(), ["no mask", "1.png"])
+    broken(lambda r: save(r / mask, labels[:20]), ["is 56x20", "1.png", "56x40"])
+    broken(lambda r: save(r / mask, np.full_like(labels, 9)), ["holds 9", "1.png"])
+    broken(lambda r: save(r / mask, image), ["mode RGB", "1.png"])
+    broken(lambda r: (r / mask).write_bytes((r / mask).read_bytes()[:60]), ["cannot read the mask", "1.png"])
+    broken(lambda r: (r / "images/train/0.png").write_bytes(b"no image"), ["cannot read the image", "0.png"])
+    broken(lambda r: (r / "classes.txt").unlink(), ["classes.txt", "a name a line"])
+    broken(lambda r: (r / "classes.txt").write_text("one\n"), ["names 1 classes", "classes.txt"])
+    broken(lambda r: [p.unlink() for p in (r / "images/train").iterdir()], ["no images"])
+
+
+@pytest.mark.parametrize("name", ["camvid", "cityscapes", "voc", "folder"])
+def test_a_wrong_folder_shows_the_layout(tmp_path, name):
+    with pytest.raises(DataError, match="needs --data DIR"):
+        open_dataset(name, None, "train")
+    with pytest.raises(DataError, match="no such folder"):
+        open_dataset(name, tmp_path / "gone", "train")
+    with pytest.raises(DataError, match="has no folder"):
+        open_dataset(name, tmp_path, "train")
+
+
+def test_hold_out(folder):
+    whole = open_dataset("folder", folder, "train")
+    dataset = open_dataset("folder", folder, "train", hold_out=["class 1"])
+    assert dataset.classes == ["class 0", "class 2", "class 3"] and dataset.palette[1] == whole.palette[2]
+    before, after = whole[0].labels, dataset[0].labels
+    for old, new in {0: 0, 1: IGNORED, 2: 1, 3: 2, VOID: VOID}.items():
+        assert (after[before == old] == new).all()
+    with pytest.raises(DataError, match="no such class.*class 0, class 1"):
+        open_dataset("folder", folder, "train", hold_out=["cat"])
+    with pytest.raises(DataError, match="leaves 1 classes"):
+        open_dataset("folder", folder, "train", hold_out=["class 1", "class 2", "class 0"])
+
+
+# ------------------------------------------------------------------------------ training views
+
+
+def views(dataset, crop=(32, 32), scale=(0.5, 2.0), stream=(1, 2, 3), repeat=0, jitter=0.0):
+    return TrainingViews(dataset, crop, scale, list(stream), repeat, jitter)
+
+
+def test_views_are_a_function_of_stream_epoch_and_index(folder):
+    dataset = open_dataset("folder", folder, "train")
+    one, same, other = views(dataset), views(dataset), views(dataset, stream=(4, 5, 6))
+    for key in ((0, 0), (3, 1)):
+        assert torch.equal(one[key].images, same[key].images) and torch.equal(one[key].labels, same[key].labels)
+        assert not torch.equal(one[key].images, other[key].images)
+    assert not torch.equal(one[0, 0].images, one[1, 0].images)
+
+
+def test_views_repeat_scale_and_crop_but_not_the_flip(folder):
+    dataset = open_dataset("folder", folder, "train")
+    repeating, free = views(dataset, repeat=2), views(dataset, repeat=10)
+    flips = set()
+    for epoch in range(8):
+        now, first = repeating[epoch, 0], repeating[epoch % 2, 0]
+        assert now.view == epoch % 2
+        flips.add(now.flip != first.flip)
+        back = now.images.flip(-1) if now.flip != first.flip else now.images
+        assert torch.equal(back, first.images)
+        # K >= epochs: the batches of --views 0, bit for bit
+        assert torch.equal(free[epoch, 0].images, views(dataset)[epoch, 0].images)
+    assert flips == {True, False}
+
+
+def test_crop_before_resize_equals_resize_before_crop():
+    rng = np.random.default_rng(0)
+    image, labels = scene(rng, (60, 90), 4)
+    image, labels = Image.fromarray(image), Image.fromarray(labels)
+    for scale in (0.5, 0.8, 1.0, 1.7):
+        seed = np.random.default_rng(5)
+        part, mask, size = data.random_crop(image, labels, None, scale, (32, 40), seed)
+        full = round(60 * scale), round(90 * scale)
+        seed = np.random.default_rng(5)
+        top, left = (int(seed.integers(full[k] - size[k] + 1)) for k in (0, 1))
+        window = (left, top, left + size[1], top + size[0])
+        expected = image.resize(full[::-1], Image.Resampling.BILINEAR).crop(window)
+        difference = np.abs(np.asarray(part, int) - np.asarray(expected, int))[2:-2, 2:-2]
+        assert difference.max() <= 2, scale  # the border's filter sees the crop alone
+        expected = labels.resize(full[::-1], Image.Resampling.NEAREST).crop(window)
+        assert (np.asarray(mask) == np.asarray(expected)).mean() > 0.99
+
+
+def test_padding_is_told_from_void(folder):
+    dataset = open_dataset("folder", folder, "train")
+    sample = views(dataset, crop=(64, 64), scale=(1.0, 1.0))[0, 0]
+    assert (sample.labels == IGNORED).sum() == 64 * 64 - 40 * 56
+    assert (sample.labels == VOID).sum() == 56
+    columns = slice(8, 64) if sample.flip else slice(0, 56)
+    assert (sample.labels[:40, columns] != IGNORED).all()
+
+
+def test_image_size_is_the_size_that_scales_refer_to(folder):
+    dataset = open_dataset("folder", folder, "train", image_size=(20, 28))
+    sample = views(dataset, crop=(20, 28), scale=(1.0, 1.0))[0, 0]
+    assert (sample.labels != IGNORED).all()
+    back = sample.images.flip(-1) if sample.flip else sample.images
+    assert torch.equal(back, dataset[0].image)
+
+
+def test_scales_are_half_below_and_half_above_one():
+    dataset = data.SyntheticScenes("train")
+    seen = []
+    original = data.random_crop
+    try:
+        data.random_crop = lambda *a: (seen.append(a[3]), original(*a))[1]
+        for epoch in range(200):
+            views(dataset)[epoch, 0]
+    finally:
+        data.random_crop = original
+    seen = np.array(seen)
+    assert 0.5 <= seen.min() < 0.6 and 1.9 < seen.max() <= 2.0
+    assert 70 <= (seen < 1).sum() <= 130 and abs(np.median(seen[seen > 1]) - 1.5) < 0.15
+
+
+def test_colour_jitter_changes_colours_alone(folder):
+    dataset = open_dataset("folder", folder, "train")
+    plain, jittered = views(dataset)[0, 0], views(dataset, jitter=0.2)[0, 0]
+    assert torch.equal(plain.labels, jittered.labels) and not torch.equal(plain.images, jittered.images)
+
+
+# ------------------------------------------------------------------------------ loaders
+
+
+def batches(dataset, workers, epochs=2, start=0):
+    loader = data.training_loader(views(dataset), 2, workers, torch.device("cpu"))
+    result = []
+    for epoch in range(epochs):
+        loader.batch_sampler.epoch, loader.batch_sampler.start = epoch, start
+        result += [(batch.images, batch.labels, batch.index, batch.flip) for batch in loader]
+    return result
+
+
+def test_workers_and_restarts_change_no_batch(folder):
+    dataset = open_dataset("folder", folder, "train")
+    alone = batches(dataset, 0)
+    for one, other in zip(alone, batches(dataset, 2), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    late = batches(dataset, 0, epochs=1, start=1)
+    assert torch.equal(late[0][0], alone[1][0])
+    assert alone[0][0].dtype == alone[0][1].dtype == torch.uint8
+
+
+def test_loaders_leave_the_global_generator_alone(folder):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    batches(open_dataset("folder", folder, "train"), 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("length, size, expected", [(5, 2, [2, 2]), (6, 4, [4, 2]), (3, 8, [3]), (2, 2, [2])])
+def test_batches(length, size, expected):
+    sampler = EpochBatches(length, size, [1])
+    drawn = list(sampler)
+    assert [len(batch) for batch in drawn] == expected and len(sampler) == len(expected)
+    indices = [index for batch in drawn for _, index in batch]
+    assert len(set(indices)) == len(indices)
+    sampler.epoch = 1
+    assert list(sampler) != drawn and all(epoch == 1 for batch in sampler for epoch, _ in batch)
+
+
+def test_a_single_image_is_refused():
+    with pytest.raises(DataError, match="at least 2"):
+        EpochBatches(1, 8, [1])
+
+
+def test_evaluation_batches_hold_equal_sizes(tmp_path):
+    write_folder(tmp_path, train=1, val=2)
+    image, labels = scene(np.random.default_rng(1), (24, 32))
+    save(tmp_path / "images/val/1b.png", image)
+    save(tmp_path / "labels/val/1b.png", labels)
+    loader = data.evaluation_loader(open_dataset("folder", tmp_path, "val"), 8, 0, torch.device("cpu"))
+    runs = [run for batch in loader for run in batch]
+    assert [tuple(run.labels.shape) for run in runs] == [(2, 40, 56), (1, 24, 32)]
+    assert [i for run in runs for i in run.index.tolist()] == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------ drawn scenes
+
+
+def test_scenes_are_the_same_for_the_same_index():
+    one, other = data.SyntheticScenes("train"), data.SyntheticScenes("train")
+    other[1]  # the order of drawing does not matter
+    assert torch.equal(one[0].image, other[0].image) and torch.equal(one[0].labels, other[0].labels)
+    assert not torch.equal(one[0].image, data.SyntheticScenes("val")[0].image)
+
+
+def test_scenes_show_every_class():
+    dataset = data.SyntheticScenes("train")
+    labels = np.stack([dataset[i].labels.numpy() for i in range(40)])
+    present = [(labels == c).any(axis=(1, 2)).mean() for c in range(11)]
+    assert min(present) > 0.35 and set(np.unique(labels)) <= {*range(11), VOID}
+
+
+@pytest.mark.parametrize("size", [(32, 48), (97, 65), (180, 240)])
+def test_scenes_of_any_size(size):
+    image, labels = data.draw_scene(np.random.default_rng(0), size)
+    assert image.shape == (*size, 3) and labels.shape == size and image.dtype == labels.dtype == np.uint8
+
+
+def test_ood_scenes_have_masks():
+    dataset = data.SyntheticScenes("ood")
+    masks = np.stack([dataset[i].labels.numpy() for i in range(20)])
+    assert set(np.unique(masks)) == {0, 1, 255} and 0.01 < (masks == 1).mean() < 0.2
+
+
+def test_pasted_objects_are_where_the_mask_says(folder):
+    dataset = open_dataset("folder", folder, "val", hold_out=["class 1"])
+    pasted = data.open_ood("pasted", dataset)
+    for index in range(len(dataset)):
+        plain, labels, _ = dataset[index]
+        image, mask, _ = pasted[index]
+        assert torch.equal(image, pasted[index].image)
+        assert (mask == 1).any() and ((mask == VOID) == ((labels >= IGNORED) & (mask != 1))).all()
+        changed = (image != plain).any(dim=0)
+        assert changed[mask == 1].float().mean() > 0.8
+    with pytest.raises(DataError, match="no such set"):
+        data.open_ood("elsewhere", dataset)

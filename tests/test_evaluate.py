@@ -1,0 +1,158 @@
+"""The evaluation: metrics.json against brute force, panels, predictions, what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from data import open_dataset
+from model import load_ensemble, load_model
+
+
+def test_metrics_json_equals_brute_force(trained, command, tmp_path):
+    data, ckpts = trained
+    flags = ["--student", ckpts / "student.pt", "--teacher", ckpts, "--device", "cpu", "--ood", "pasted",
+             "--out", tmp_path / "r", "--save-scores", tmp_path / "s", "--batch-size", 2, "--benchmark"]  # fmt: skip
+    code, out, _ = command("evaluate", *flags)
+    assert code == 0 and "mIoU" in out
+    results = json.loads((tmp_path / "r" / "metrics.json").read_text())
+
+    # the same figures from whole arrays
+    dataset, student = open_dataset("folder", data, "val"), load_model(ckpts / "student.pt")
+    teacher, _ = load_ensemble([ckpts])
+    images = torch.stack([dataset[i].image for i in range(len(dataset))])
+    labels = torch.stack([dataset[i].labels for i in range(len(dataset))]).numpy()
+    with torch.inference_mode():
+        probs = student(images).logits.softmax(1).numpy()
+        mine, theirs = student(images).uncertainty[:, 0].numpy(), teacher(images).std.numpy()
+    valid = labels != 255
+    wrong = (probs.argmax(1) != labels)[valid]
+    scores = mine[valid].astype(np.float16).astype(float)
+    pairs = scores[wrong][:, None] - scores[~wrong][None]
+    auroc = (pairs > 0).mean() + 0.5 * (pairs == 0).mean()
+    assert results["uncertainty"]["student/dudes"]["auroc"] == pytest.approx(auroc, abs=1e-3)
+    assert results["segmentation"]["student"]["pixel_accuracy"] == pytest.approx(1 - wrong.mean(), abs=1e-3)
+    nll = -np.log(np.take_along_axis(probs, np.where(valid, labels, 0)[:, None].astype(int), 1)[:, 0][valid])
+    assert results["segmentation"]["student"]["nll"] == pytest.approx(nll.mean(), rel=1e-3)
+    pearson = np.corrcoef(mine[valid], theirs[valid])[0, 1]
+    assert results["fidelity"]["pearson"] == pytest.approx(pearson, abs=1e-3)
+    assert results["segmentation"]["members"]["n"] == 2
+
+    # every key of the contract
+    models = {"member": {"entropy", "msp", "max_logit", "energy"},
+              "teacher": {"std", "entropy", "mutual_information", "msp"},
+              "student": {"dudes", "entropy", "msp", "max_logit", "energy"}}  # fmt: skip
+    keys = {f"{model}/{score}" for model, scores in models.items() for score in scores}
+    assert set(results["uncertainty"]) == keys == set(results["ood"]["pasted"])
+    for value in results["uncertainty"].values():
+        assert {"auroc", "ap", "fpr95", "aurc", "eaurc", "ause", "rejection"} <= set(value)
+        assert len(value["rejection"]) == 10
+    assert {"rmse", "rmsle", "pearson", "spearman", "class_error"} <= set(results["fidelity"])
+    assert [row["name"] for row in results["classes"]] == dataset.classes
+    assert set(results["timing"]) == set(models)
+    for model in models:
+        assert {"miou", "pixel_accuracy", "nll", "brier", "ece"} <= set(results["segmentation"][model])
+
+    # the saved maps, the panels, the report
+    saved = np.load(tmp_path / "s" / "val" / "student-dudes" / "0.npy")
+    assert saved.dtype == np.float16 and saved.shape == labels.shape[1:]
+    np.testing.assert_allclose(saved, mine[0], atol=1e-3)
+    assert len(list((tmp_path / "s" / "pasted" / "teacher-std").glob("*.npy"))) == len(dataset)
+    panels = list((tmp_path / "r" / "panels").glob("*.png"))
+    assert len(panels) == 3 + 3 and all(Image.open(p).width > 500 for p in panels)
+    report = (tmp_path / "r" / "report.html").read_text()
+    assert "<script" not in report and "http-equiv" not in report and "data:image/png" in report
+
+
+def test_batch_size_changes_no_count(trained, command, tmp_path):
+    _, ckpts = trained
+    for size in (1, 3):
+        flags = ["--student", ckpts / "student.pt", "--teacher", ckpts, "--device", "cpu", "--out", tmp_path / str(size)]
+        assert command("evaluate", *flags, "--batch-size", size)[0] == 0
+    one, three = (json.loads((tmp_path / s / "metrics.json").read_text()) for s in "13")
+    assert one["segmentation"]["student"]["miou"] == pytest.approx(three["segmentation"]["student"]["miou"], abs=2e-3)
+    assert one["uncertainty"]["teacher/std"]["n"] == three["uncertainty"]["teacher/std"]["n"]
+
+
+def test_student_alone_is_enough(trained, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, ckpts = trained
+    assert command("evaluate", "--student", ckpts / "student.pt", "--device", "cpu")[0] == 0
+    results = json.loads((tmp_path / "results" / "metrics.json").read_text())
+    assert set(results["segmentation"]) == {"student"} and results["fidelity"] == {}
+
+
+def test_nothing_to_evaluate(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command("evaluate")
+    assert code == 2 and err.startswith("error: nothing to evaluate") and err.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+def test_other_classes_are_refused(trained, command, tmp_path):
+    _, ckpts = trained
+    code, _, err = command("evaluate", "--student", ckpts / "student.pt", "--dataset", "synthetic", "--out", tmp_path / "r")
+    assert code == 2 and "know the classes" in err
+
+
+def test_held_out_classes_are_anomalies(folder, command, tmp_path):
+    from conftest import small
+
+    ckpts = tmp_path / "ckpts"
+    assert command("train", *small(folder, "--epochs", 1), "--members", 2, "--out", ckpts, "--hold-out", "class 1")[0] == 0
+    assert command("distill", "--teacher", ckpts, "--device", "cpu")[0] == 0
+    student = load_model(ckpts / "student.pt")
+    assert student.classifier[-1].out_channels == 3
+    flags = ["--student", ckpts / "student.pt", "--teacher", ckpts, "--device", "cpu", "--ood", "--out", tmp_path / "r"]
+    assert command("evaluate", *flags)[0] == 0
+    results = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    whole = open_dataset("folder", folder, "val")
+    labels = np.stack([whole[i].labels.numpy() for i in range(len(whole))])
+    found = results["ood"]["held-out"]["student/dudes"]
+    assert found["positives"] == (labels == 1).sum() and found["n"] == (labels != 255).sum()
+    assert results["segmentation"]["student"]["n"] == ((labels != 255) & (labels != 1)).sum()
+
+
+def test_predict(trained, command, tmp_path):
+    data, ckpts = trained
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(256, size=(30, 50, 3)).astype(np.uint8)).save(photos / "a.jpg")
+    Image.fromarray(rng.integers(256, size=(1, 1)).astype(np.uint8)).save(photos / "b.png")
+    (photos / "c.txt").write_text("no image")
+    code, text, _ = command("evaluate", "--student", ckpts / "student.pt", "--predict", photos, "--out", out, "--device", "cpu")
+    assert code == 0 and "1 skipped" in text and "c.txt" in text
+    classes = Image.open(out / "a_classes.png")
+    assert classes.mode == "P" and classes.size == (50, 30) and np.asarray(classes).max() < 4
+    raw = Image.open(out / "a_uncertainty16.png")
+    assert raw.mode.startswith("I") and raw.size == (50, 30)
+    assert Image.open(out / "b_overlay.png").size == (1, 1)
+
+
+def test_errors_are_one_line_with_code_2(trained, command, tmp_path):
+    _, ckpts = trained
+    student = ["--student", ckpts / "student.pt", "--out", tmp_path / "r", "--device", "cpu"]
+    for flags, words in (
+        (["--student", tmp_path / "none.pt"], "no such checkpoint"),
+        (["--teacher", tmp_path], "no member_"),
+        ([*student, "--data", tmp_path / "gone"], "no such folder"),
+        ([*student, "--data", tmp_path], "no folder images/val"),
+        ([*student, "--ood", "elsewhere"], "no such set"),
+        ([*student, "--ood", "held-out"], "no held-out classes"),
+        ([*student, "--batch-size", 0], "--batch-size 0"),
+        ([*student, "--device", "cuda:7"], "--device cuda:7"),
+        (["--nonsense"], "unrecognized arguments"),
+    ):
+        code, out, err = command("evaluate", *flags)
+        assert code == 2 and words in err and err.count("\n") == 1, (flags, err)
+        assert err.startswith("error: ") and not (tmp_path / "r").exists()
+
+
+def test_choose_images_spans_best_to_worst():
+    chosen = evaluate.choose_images([0.5, float("nan"), 0.9, 0.1, 0.7], 3)
+    assert chosen == [("best", 2), ("median", 4), ("worst", 3)]
+    assert evaluate.choose_images([float("nan")], 3) == []

@@ -1,0 +1,251 @@
+"""The network, the ensemble's statistics, checkpoints and what is refused."""
+
+import os
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+from model import (
+    MAX_STD,
+    AtrousConv2d,
+    DeepLabV3,
+    Ensemble,
+    ModelError,
+    build_backbone,
+    load_ensemble,
+    load_model,
+    load_weights,
+    predictive_statistics,
+    read_checkpoint,
+    save_atomically,
+)
+
+
+@pytest.mark.parametrize("backbone, stride", [("resnet18", 16), ("mobilenet_v3_large", 16), ("resnet50", 8)])
+def test_shapes_and_output_stride(backbone, stride):
+    network = DeepLabV3(backbone, 5, ("std", "entropy")).eval()
+    images = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
+    assert network.backbone(images.float()).shape[-2:] == (64 // stride, 96 // stride)
+    logits, uncertainty = network(images)
+    assert logits.shape == (1, 5, 64, 96) and uncertainty.shape == (1, 2, 64, 96)
+    assert logits.dtype == uncertainty.dtype == torch.float32
+    assert 0 < uncertainty.min() and uncertainty.max() < 1
+    torch.testing.assert_close(network(images / 255).logits, logits)  # float in [0, 1] is the same picture
+    assert network(images, (20, 31)).logits.shape == (1, 5, 20, 31)
+
+
+def test_equals_torchvisions_deeplab():
+    theirs = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=4).eval()
+    ours = DeepLabV3("resnet50", 4).eval()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.rand(1, 3, 65, 97)
+    with torch.inference_mode():
+        expected = theirs((images - ours.mean) / ours.std)["out"]
+        torch.testing.assert_close(ours(images).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dilated_resnet18_is_the_strided_one_seen_finer():
+    dilated, channels = build_backbone("resnet18")
+    strided = torchvision.models.resnet18().eval()
+    assert channels == 512
+    strided.load_state_dict(dilated.state_dict(), strict=False)
+    x = torch.rand(1, 3, 96, 128)
+    with torch.inference_mode():
+        fine = dilated.eval()(x)
+        for name, layer in strided.named_children():
+            if name not in ("avgpool", "fc"):
+                x = layer(x)
+    torch.testing.assert_close(fine[:, :, ::2, ::2], x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(4, 5), (12, 30), (13, 12), (40, 40)])
+def test_atrous_convolution_without_its_padding_taps(size):
+    ours, theirs = AtrousConv2d(3, 4, 3, padding=12, dilation=12), torch.nn.Conv2d(3, 4, 3, padding=12, dilation=12)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    torch.testing.assert_close(ours.double()(x), theirs.double()(x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0, 200.0])
+def test_statistics_against_float64(scale):
+    generator = torch.Generator().manual_seed(0)
+    logits = scale * torch.randn(5, 2, 7, 9, 11, generator=generator)
+    logits[:, :, 0] += scale * 2  # the first class saturates in most pixels
+    stats = predictive_statistics(iter(logits), expected_entropy=True)
+    p = logits.double().softmax(2)
+    mean = p.mean(0)
+    y = mean.argmax(1, keepdim=True)
+    std = p.gather(2, y[None].expand(5, -1, -1, -1, -1)).std(0, unbiased=True)[:, 0]
+    torch.testing.assert_close(stats.probs.double(), mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(stats.std.double(), std, rtol=1e-3, atol=1e-6)
+    entropy = torch.special.entr(p).sum(2).mean(0)
+    torch.testing.assert_close(stats.expected_entropy.double(), entropy, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_by_hand():
+    p = torch.tensor([[0.7, 0.3], [0.9, 0.1]])[:, None, :, None, None]
+    stats = predictive_statistics(iter(p.log()))
+    assert stats.probs.flatten().tolist() == pytest.approx([0.8, 0.2])
+    assert stats.std.item() == pytest.approx(0.1 * 2**0.5)  # unbiased: divided by M - 1
+    opposite = torch.tensor([[60.0, -60.0], [-60.0, 60.0]])[:, None, :, None, None]
+    assert predictive_statistics(iter(opposite)).std.item() == pytest.approx(MAX_STD)
+    with pytest.raises(ModelError, match="at least 2"):
+        predictive_statistics(iter(p[:1]))
+
+
+def test_small_std_survives_saturation():
+    # p near 1 with a spread of 1e-5: plain float32 sums of p and p^2 give 0 or noise
+    p = 1 - 1e-4 + 1e-5 * torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
+    logits = torch.stack([p.log(), (1 - p).log()], 1).float()[:, None, :, None, None]
+    assert predictive_statistics(iter(logits)).std.item() == pytest.approx(1e-5, rel=0.02)
+
+
+def test_ensemble_streams_and_stays_frozen():
+    members = [DeepLabV3("resnet18", 3) for _ in range(3)]
+    ensemble = Ensemble(members).train()
+    assert not any(m.training for m in ensemble.modules()) and not any(p.requires_grad for p in ensemble.parameters())
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = torch.stack([member(images).logits.softmax(1) for member in members]).mean(0)
+        torch.testing.assert_close(ensemble(images).probs, expected)
+
+
+def test_mc_dropout_samples_dropout_alone():
+    ensemble = Ensemble([DeepLabV3("resnet18", 3)], mc_samples=3)
+    assert all(m.training == isinstance(m, torch.nn.Dropout) for m in ensemble.modules())
+    images = torch.randint(0, 256, (1, 3, 32, 48), dtype=torch.uint8)
+    with torch.inference_mode():
+        assert len(ensemble) == 3 and ensemble(images).std.max() > 0
+
+
+def test_impossible_ensembles_are_refused():
+    network = DeepLabV3("resnet18", 3)
+    with pytest.raises(ModelError, match="at least 2 members"):
+        Ensemble([network])
+    with pytest.raises(ModelError, match="--mc-samples 5 with 2"):
+        Ensemble([network, network], mc_samples=5)
+    with pytest.raises(ModelError, match="--mc-samples 1"):
+        Ensemble([network], mc_samples=1)
+
+
+# ------------------------------------------------------------------------------ checkpoints
+
+
+def config(members=2, classes=3, **other):
+    return {"backbone": "resnet18", "classes": [f"c{i}" for i in range(classes)], "palette": [[0, 0, 0]] * classes,
+            "dataset": "folder", "hold_out": [], "image_size": None, "measures": [], "members": members} | other  # fmt: skip
+
+
+def save_member(path, **changes):
+    entries = config(**changes)
+    network = DeepLabV3("resnet18", len(entries["classes"]))
+    save_atomically(path, {"model": network.state_dict(), "config": entries, "args": {}, "metrics": {}, "versions": {}})
+    return network
+
+
+def test_checkpoint_round_trip(tmp_path):
+    network = save_member(tmp_path / "a.pt")
+    images = torch.rand(1, 3, 32, 32)
+    torch.testing.assert_close(load_model(tmp_path / "a.pt")(images).logits, network.eval()(images).logits)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_an_incomplete_or_mixed_ensemble_is_refused_by_name(tmp_path):
+    save_member(tmp_path / "member_00.pt", members=3)
+    save_member(tmp_path / "member_02.pt", members=3)
+    with pytest.raises(ModelError, match=r"lacks member_01\.pt of a run of 3"):
+        load_ensemble([tmp_path])
+    assert len(load_ensemble([tmp_path / "member_00.pt", tmp_path / "member_02.pt"])[0]) == 2
+    save_member(tmp_path / "member_01.pt", members=3, classes=4)
+    with pytest.raises(ModelError, match=r"member_01\.pt has classes .* no ensemble"):
+        load_ensemble([tmp_path])
+    with pytest.raises(ModelError, match="no member_"):
+        load_ensemble([tmp_path / "empty"])
+
+
+class Malicious:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def test_a_checkpoint_that_holds_code_is_not_run(tmp_path):
+    torch.save({"model": Malicious(tmp_path / "ran"), "config": {}, "args": {}}, tmp_path / "evil.pt")
+    (tmp_path / "evil2.pt").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
+    for name in ("evil.pt", "evil2.pt"):
+        with pytest.raises(ModelError, match="not a readable checkpoint"):
+            load_model(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_broken_files_are_named(tmp_path):
+    save_member(tmp_path / "a.pt")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:5000])
+    torch.save([1], tmp_path / "list.pt")
+    torch.save({"x": 1}, tmp_path / "other.pt")
+    for name, words in (("none", "no such checkpoint"), ("empty", "empty"), ("cut", "not a readable"),
+                        ("list", "holds a list"), ("other", "no checkpoint of this project")):  # fmt: skip
+        with pytest.raises(ModelError, match=words):
+            read_checkpoint(tmp_path / f"{name}.pt")
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    save_atomically(tmp_path / "a.json", "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_atomically(tmp_path / "a.json", "new")
+    assert (tmp_path / "a.json").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+# ------------------------------------------------------------------------------ weights
+
+
+def test_weights_from_a_torchvision_classifier(tmp_path):
+    for name in ("resnet18", "mobilenet_v3_large"):
+        classifier = getattr(torchvision.models, name)()
+        torch.save(classifier.state_dict(), tmp_path / "w.pt")
+        network = DeepLabV3(name, 3)
+        line = load_weights(network, str(tmp_path / "w.pt"), name)
+        first = next(v for v in classifier.state_dict().values() if v.dim() == 4)
+        assert torch.equal(next(iter(network.backbone.parameters())), first) and "random" in line
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "w.pt")
+    with pytest.raises(ModelError, match="do not fit backbone resnet18"):
+        load_weights(DeepLabV3("resnet18", 3), str(tmp_path / "w.pt"), "resnet18")
+
+
+def test_imagenet_weights_come_from_torchvision_or_an_error_says_what_to_do(monkeypatch):
+    enum = torchvision.models.get_model_weights("resnet18").DEFAULT
+    state = torchvision.models.resnet18().state_dict()
+    monkeypatch.setattr(type(enum), "get_state_dict", lambda self, **_: state)
+    network = DeepLabV3("resnet18", 3)
+    load_weights(network, "imagenet", "resnet18")
+    assert torch.equal(network.backbone.conv1.weight, state["conv1.weight"])
+
+    def offline(self, **_):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(type(enum), "get_state_dict", offline)
+    with pytest.raises(ModelError, match=r"https://.*--weights FILE"):
+        load_weights(network, "imagenet", "resnet18")
+
+
+def test_normalisation_is_imagenets():
+    network = DeepLabV3("resnet18", 3)
+    white = torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)
+    seen = {}
+    network.backbone.register_forward_pre_hook(lambda _, x: seen.update(x=x[0]))
+    network.eval()(F.interpolate(white.float(), (32, 32)).to(torch.uint8))
+    assert seen["x"][0, :, 0, 0].tolist() == pytest.approx([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
