@@ -511,7 +511,7 @@ def panel(image, truth, rows, palette, names, anomaly=None, maximum=None) -> Ima
     put(0, 0, "image", np.asarray(photo))
     if anomaly is not None:
         mask = Image.fromarray(255 * (np.asarray(anomaly) == 1).astype(np.uint8)).resize(size)
-        edge = np.asarray(mask.filter(ImageFilter.MaxFilter(9))) > np.asarray(mask)
+        edge = np.asarray(mask.filter(ImageFilter.MaxFilter(7))) > np.asarray(mask)
         outlined = np.where(edge[..., None], OUTLINE, np.asarray(photo.resize(size)))
         put(0, 1, "anomaly, outlined", outlined.astype(np.uint8))
     elif truth is not None:
@@ -546,8 +546,9 @@ CHART_WIDTH, LEFT, RIGHT, TOP, BOTTOM = 420, 44, 408, 50, 250  # of the SVG, and
 
 def _ticks(values, low=None, high=None) -> list[float]:
     """About five round numbers that span low to high, or where they are None the values."""
-    values = values[np.isfinite(values)] if np.isfinite(values).any() else np.array([0, 1])
-    low, high = values.min() if low is None else low, values.max() if high is None else high
+    seen = [v for v in values if v is not None and math.isfinite(v)]
+    low = min(seen, default=0) if low is None else low
+    high = max(seen, default=1) if high is None else high
     raw = (high - low) / 5 or 0.2
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
@@ -568,9 +569,8 @@ def line_chart(title, series, xlabel, ylabel, note="", limits=None, diagonal=Fal
     good looks like, for screen readers.
     """
     limits = limits or (None,) * 4
-    xticks, yticks = (  # as floats None becomes NaN
-        _ticks(np.concatenate([[], *(np.array(item[axis], dtype=float) for item in series)]),
-               *limits[2 * axis - 2:2 * axis]) for axis in (1, 2))
+    xticks = _ticks([x for item in series for x in item[1]], *limits[:2])
+    yticks = _ticks([y for item in series for y in item[2]], *limits[2:])
 
     def point(x, y):
         right = LEFT + (x - xticks[0]) / (xticks[-1] - xticks[0]) * (RIGHT - LEFT)
@@ -630,9 +630,10 @@ def _get(tree, *keys):
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
-def _number(key: str, *values) -> str:
-    """A value as text, or mean ± standard deviation; a dash where nothing is known."""
+def _number(numbers, key: str) -> str:
+    """A number as text, mean ± standard deviation where it has those, a dash if it is unknown."""
     _, factor, digits = COLUMNS[key]
+    values = [_get(numbers, key + end) for end in ("", "_mean", "_std")]
     return " ± ".join(f"{v * factor:,.{digits}f}" for v in values if v is not None) or "–"
 
 
@@ -652,13 +653,10 @@ def _tables(metrics):
         *((f"Anomalies: {name}", detection, "ood", name) for name in _get(metrics, "ood") or ()),
         ("Fidelity", ("rmse", "rmsle", "pearson", "spearman", "class_error"), "fidelity"),
         ("Cost", ("parameters", "ms_per_image", "images_per_second", "peak_memory_mb"), "timing")]
+    metrics = {**metrics, "fidelity": {"student": _get(metrics, "fidelity")}}
     for title, keys, *path in tables:
-        scores = _get(metrics, *path)
-        rows = [[f"{model} {score}".replace("_", " ")] + [
-            _number(key, *(_get(numbers, key + end) for end in ("", "_mean", "_std")))
-            for key in keys]
-            for model, score, numbers in _ordered(
-                {"student": scores} if title == "Fidelity" else scores)]
+        rows = [[f"{model} {score}".replace("_", " "), *(_number(numbers, key) for key in keys)]
+                for model, score, numbers in _ordered(_get(metrics, *path))]
         if rows:
             yield title, [COLUMNS[key][0] for key in keys], rows
 
@@ -683,18 +681,17 @@ def _html_table(head, rows) -> str:
 # ---------------------------------------------------------------- report
 
 STYLE = """
-:root{color-scheme:light dark}
+:root{color-scheme:light dark}figure:has(img){width:100%;overflow-x:auto}
 body{max-width:1000px;margin:auto;padding:24px 16px;font:15px/1.5 system-ui,sans-serif}
 h1{font-size:15px;margin:0}h2{font-size:18px;margin:40px 0 4px}.lead{font-size:20px}p{margin:0}
 figure{display:inline-block;width:min(100%,470px);margin:14px 20px 14px 0;vertical-align:top}
-figure:has(img){width:100%;overflow-x:auto}svg,img{width:100%;display:block;color:inherit}
+svg,img{width:100%;display:block;color:inherit}h2,p{break-after:avoid}tr,figure{break-inside:avoid}
 figcaption,table{font-size:13.5px}.scroll{overflow-x:auto;margin:10px 0}img{min-width:820px}
 table{border-collapse:collapse;min-width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:4px 0 4px 18px;text-align:right;white-space:nowrap;border-bottom:1px solid #8885}
 th:first-child,td:only-of-type{text-align:left;font-weight:400}th:first-child{padding:0}
-td:only-of-type{white-space:normal;overflow-wrap:anywhere}
-@media print{body{max-width:none;font-size:11px}.scroll{overflow:visible}img{min-width:0}
-h2,p{break-after:avoid}tr,figure{break-inside:avoid}figure{width:45%}}
+th:nth-child(2):last-child{text-align:left}td:only-of-type{white-space:normal;overflow-wrap:anywhere}
+@media print{body{font-size:11px}.scroll{overflow:visible}img{min-width:0}figure{width:45%}}
 """
 FIGURES = {  # curve: title, number in its labels, keys of x and y, axes, limits, what is good
     "reliability": ("Reliability, with ECE in %", "ece", ("confidence", "accuracy"),
@@ -723,11 +720,10 @@ def _curve(name, scores) -> str:
         if points and model in MODELS and score in DRAWN:
             # a rejection curve is a bare list: a value for every tenth of the pixels ignored
             points = [points[key] for key in keys] if keys else [np.arange(10) / 10, points]
-            label = f"{model} {score} {_number(number, _get(values, number)) if number else ''}"
+            label = f"{model} {score} {_number(values, number) if number else ''}"
             xs, ys = 100 * np.array(points, dtype=float)
             series.append((label, xs, ys, MODELS.index(model), DRAWN[score]))
-    diagonal = name in ("reliability", "roc")
-    chart = line_chart(title, series, xlabel, ylabel, note, limits, diagonal)
+    chart = line_chart(title, series, xlabel, ylabel, note, limits, name in ("reliability", "roc"))
     return _figure(chart, note) if series else ""
 
 
@@ -737,25 +733,20 @@ def _figure(picture, caption) -> str:
 
 def _density(fidelity) -> str:
     """The joint histogram of both uncertainties as a picture inside an empty chart."""
-    counts = np.asarray(_get(fidelity, "density") or [[0]], dtype=float)  # [student's, teacher's]
-    if not counts.any():
-        return ""
-    shade = viridis(np.log1p(counts) / np.log1p(counts.max()))
+    counts = np.array(fidelity["density"], dtype=float)  # [student's, teacher's], from 0 up
+    shade = viridis(np.log1p(counts) / np.log1p(counts.max() or 1))
     pixels = np.dstack([shade, np.where(counts > 0, 255, 0).astype(np.uint8)])  # empty: transparent
-    buffer, top = io.BytesIO(), _get(fidelity, "density_max") or 0.53
-    Image.fromarray(pixels[::-1].copy()).save(buffer, "PNG")
-    share = top / _ticks(np.array([0, top]))[-1]  # of the axes, which end at a round number
+    png, top = io.BytesIO(), _get(fidelity, "density_max") or 0.53
+    Image.fromarray(pixels[::-1].copy()).save(png, "PNG")
+    share = top / _ticks([0, top])[-1]  # of the axes, which end at a round number
     width, height = share * (RIGHT - LEFT), share * (BOTTOM - TOP)
     picture = (f'<image x="{LEFT}" y="{BOTTOM - height}" width="{width}" height="{height}" '
-               f'preserveAspectRatio="none" href="{_data_uri(buffer.getvalue())}"/>')
+               'preserveAspectRatio="none" image-rendering="pixelated" '
+               f'href="{_data_uri(png.getvalue())}"/>')
     note = "Good: a narrow ridge on the diagonal. Below it the student is surer than its teacher."
     chart = line_chart("Pixels by uncertainty, yellow where most are", [], "teacher: std",
                        "student: predicted std", note, (0, top, 0, top), diagonal=True)
     return _figure(chart.replace("</desc>", "</desc>" + picture), note)
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _headline(metrics) -> str:
@@ -764,43 +755,45 @@ def _headline(metrics) -> str:
         values = {key.replace("/", " "): _get(metrics, part, key, number) for key in keys}
         return ", ".join(f"{100 * v:.1f}\u00a0% ({k})" for k, v in values.items() if v is not None)
 
-    miou = listed("segmentation", "miou", MODELS)
-    auroc = listed("uncertainty", "auroc",
-                   ("student/dudes", "teacher/std", "student/entropy", "member/entropy"))
-    times = [_get(metrics, "timing", m, "ms_per_image") for m in ("student", "teacher")]
-    text = f"The mIoU is {miou}" if miou else "No mIoU was measured"
-    text += f"; wrong pixels are found with an AUROC of {auroc}" if auroc else ""
+    text = f"The mIoU is {listed('segmentation', 'miou', MODELS) or 'unknown'}"
+    scores = ("student/dudes", "teacher/std", "student/entropy", "member/entropy")
+    if auroc := listed("uncertainty", "auroc", scores):
+        text += f"; wrong pixels are found with an AUROC of {auroc}"
+    times = [_get(metrics, "timing", model, "ms_per_image") for model in ("student", "teacher")]
     if all(times):
         text += f"; the student takes {100 * times[0] / times[1]:.0f}\u00a0% of the teacher’s time"
     return text + "."
 
 
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
 def _sections(metrics, panels):
     """Yields (heading, how to read it, HTML below the table of that title)."""
-    yield ("Segmentation", "The arrows point to the better side.",
-           _curve("reliability", _get(metrics, "segmentation")))
+    segmentation, uncertainty = _get(metrics, "segmentation"), _get(metrics, "uncertainty")
+    yield ("Segmentation", "Arrows point to the better side.", _curve("reliability", segmentation))
     yield ("Finding errors", "Positive is a wrong pixel; each network is asked for its own errors.",
-           "".join(_curve(curve, _get(metrics, "uncertainty"))
-                   for curve in ("rejection", "risk_coverage", "roc", "pr")))
+           "".join(_curve(c, uncertainty) for c in ("rejection", "risk_coverage", "roc", "pr")))
     for name, scores in (_get(metrics, "ood") or {}).items():
         yield (f"Anomalies: {name}", "Positive is a pixel of an object that was never trained on.",
                _curve("roc", scores) + _curve("pr", scores))
     yield ("Fidelity", "How closely the student’s uncertainty follows its teacher’s, by pixel.",
-           _density(_get(metrics, "fidelity")))
+           _density(metrics["fidelity"]) if _get(metrics, "fidelity", "density") else "")
     classes = _get(metrics, "classes") or []
     columns = [(kind, model) for kind in ("iou", "uncertainty") for model in MODELS
                if any(_get(row, kind, model) is not None for row in classes)]
+    head = ["class", *(f"{model} {COLUMNS[kind][0]}" for kind, model in columns)]
+    rows = [[str(row["name"])] + [_number({kind: _get(row, kind, model)}, kind)
+                                  for kind, model in columns] for row in classes]
     yield ("Classes", "Uncertainty: mean over the pixels that a network predicts as the class.",
-           _html_table(["class"] + [f"{model} {COLUMNS[kind][0]}" for kind, model in columns],
-                       [[str(row.get("name")), *(_number(kind, _get(row, kind, model))
-                                                 for kind, model in columns)] for row in classes]))
+           _html_table(head, rows))
     yield "Cost", "From pixels to class and uncertainty.", ""
-    yield ("Images", "Good: uncertainty is bright where the accuracy map is white.", "".join(
-        _figure(f'<img alt="" src="{_data_uri(Path(file).read_bytes())}">', title)
-        for title, file in panels))
-    protocol = (_get(metrics, "protocol") or {}).items()
-    yield ("Protocol", "What the numbers depend on.", _html_table(
-        ["setting", "value"], [[key, "–" if v is None else str(v)] for key, v in protocol]))
+    images = [(title, _data_uri(Path(file).read_bytes())) for title, file in panels]
+    yield ("Images", "Good: uncertainty is bright where the accuracy map is white.",
+           "".join(_figure(f'<img alt="" src="{data}">', title) for title, data in images))
+    rows = [[k, "–" if v is None else str(v)] for k, v in (_get(metrics, "protocol") or {}).items()]
+    yield "Protocol", "What the numbers depend on.", _html_table(["setting", "value"], rows)
 
 
 def write_report(metrics: dict, panels, path) -> None:
