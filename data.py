@@ -1,17 +1,18 @@
 """Data sets, augmentation, loaders and out-of-distribution sets; street scenes drawn on the spot.
 
-A training batch is uint8: images [B, 3, H, W] and labels [B, H, W] with 0..C-1, `VOID` 255 where nobody labelled and
-`IGNORED` 254 where no class of the network applies (augmentation padding, held-out classes). 254 enters no loss and
-no metric; void pixels carry an uncertainty target, but no class.
+A training batch is uint8: images [B, 3, H, W] and labels [B, H, W], 0..C-1, `VOID` 255 where nobody
+labelled and `IGNORED` 254 where no class of the network applies (augmentation padding, held-out
+classes). 254 enters no loss and no metric; void pixels carry an uncertainty target, but no class.
 
-Every random choice is a function of (stream, epoch, index), so neither the number of workers nor a restart changes
-a batch.
+Every random choice is a function of (stream, epoch, index), so neither the number of workers nor
+a restart changes a batch.
 """
 
 import math
-import os
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -20,86 +21,138 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 VOID, IGNORED = 255, 254
 SYNTHETIC_SPLITS = {"train": 256, "val": 48, "ood": 48}
 SYNTHETIC_SIZE = (96, 144)  # height, width
 PASTED = 3  # stream of the pasted objects
 
-CAMVID_CLASSES = {
-    "sky": (128, 128, 128), "building": (128, 0, 0), "pole": (192, 192, 128), "road": (128, 64, 128),
-    "pavement": (60, 40, 222), "tree": (128, 128, 0), "sign": (192, 128, 128), "fence": (64, 64, 128),
-    "car": (64, 0, 128), "pedestrian": (64, 64, 0), "bicyclist": (0, 128, 192),
-}  # fmt: skip
-CITYSCAPES_CLASSES = {
-    "road": (128, 64, 128), "sidewalk": (244, 35, 232), "building": (70, 70, 70), "wall": (102, 102, 156),
-    "fence": (190, 153, 153), "pole": (153, 153, 153), "traffic light": (250, 170, 30),
-    "traffic sign": (220, 220, 0), "vegetation": (107, 142, 35), "terrain": (152, 251, 152), "sky": (70, 130, 180),
-    "person": (220, 20, 60), "rider": (255, 0, 0), "car": (0, 0, 142), "truck": (0, 0, 70), "bus": (0, 60, 100),
-    "train": (0, 80, 100), "motorcycle": (0, 0, 230), "bicycle": (119, 11, 32),
-}  # fmt: skip
-CITYSCAPES_LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # train id -> id
-VOC_CLASSES = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
-
 
 class DataError(ValueError):
     """A file, folder or value that cannot be used; the message names it and says what to do."""
 
 
-def bit_palette(count: int) -> list[tuple[int, int, int]]:
-    """The colours of Pascal VOC: the bits of the class number dealt out to red, green and blue."""
-    colours = []
-    for number in range(count):
-        bits = [(number >> bit) & 1 for bit in range(8)]
-        colours.append(tuple(sum(bits[3 * k + channel] << (7 - k) for k in range(2)) for channel in range(3)))
-    return colours
+# ------------------------------------------------------------ files and their layouts
 
 
-# ------------------------------------------------------------------------------ files
+@contextmanager
+def decoded(kind: str, path: Path) -> Iterator[Image.Image]:
+    """An opened image file; what PIL answers to a bad one becomes a DataError that names it."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        message = f"cannot read the {kind} {path} ({error}); restore or remove the file"
+        raise DataError(message) from error
 
 
 def read_image(path: Path) -> Image.Image:
     """An image file of any mode, upright as its EXIF tag says, as RGB."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's answers to a bad file
-        raise DataError(f"cannot read the image {path} ({error}); restore or remove the file") from error
+    with decoded("image", path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")
 
 
 def read_mask(path: Path) -> Image.Image:
-    """A label file as its raw values, one byte a pixel; the indices of a palette image, not its colours."""
-    try:
-        with Image.open(path) as mask:
-            mask.load()
-            if mask.mode in ("L", "P"):
-                return Image.fromarray(np.array(mask, np.uint8))
-            if mask.mode.startswith("I"):  # 16-bit PNG
-                values = np.asarray(mask, np.int32)
-                if 0 <= values.min() and values.max() <= 255:
-                    return Image.fromarray(values.astype(np.uint8))
-            mode = mask.mode
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read the mask {path} ({error}); restore or remove the file") from error
-    raise DataError(f"the mask {path} has mode {mode}, not one class number a pixel; save it as 8-bit grey or palette")
+    """A label file as raw values, one byte a pixel; a palette image's indices, not its colours."""
+    with decoded("mask", path) as mask:
+        values, mode = np.array(mask), mask.mode
+    if values.ndim == 2 and values.dtype.kind in "bui" and 0 <= values.min() <= values.max() <= 255:
+        return Image.fromarray(values.astype(np.uint8))
+    raise DataError(f"the mask {path} has mode {mode}, not one class number a pixel; convert it")
 
 
-def pair_files(root: Path, image_glob: str, mask_of) -> tuple[list[Path], list[Path]]:
-    """Images under `root` in name order, and the mask of each: `mask_of(image)`. Both have to exist."""
-    images = sorted(p for p in root.glob(image_glob) if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-    masks = [mask_of(path) for path in images]
-    have = {folder: set(os.listdir(folder)) for folder in {m.parent for m in masks} if folder.is_dir()}
-    for image, mask in zip(images, masks, strict=True):
-        if mask.name not in have.get(mask.parent, ()):
-            raise DataError(f"no mask {mask} for the image {image}; add it or remove the image")
-    return images, masks
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a text file that are not blank."""
+    if not path.is_file():
+        raise DataError(f"no file {path}, which holds {what}; add it or check --data and --split")
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-# ------------------------------------------------------------------------------ data sets
+class Layout(NamedTuple):
+    """Where the files of a data set lie and what its masks hold. In the path of a mask, {stem} is
+    what the last * of `glob` matched, {folder} what lies between `images` and the file."""
+
+    images: str  # folder of the images
+    glob: str  # the images in it
+    masks: str  # the mask of an image
+    classes: dict | None = None  # name: RGB; None: named in classes.txt
+    values: dict = {}  # what a mask holds beside the labels 0..C-1 and 255: raw value, label
+    listing: str = ""  # a file that names the images <stem>.jpg of the split
+    roots: tuple = ("",)  # what all these are relative to, below --data
+
+    def __str__(self) -> str:
+        return f"images as {self.images}/{self.glob} and masks as {self.masks}"
+
+
+def bit_palette(count: int) -> list[tuple[int, int, int]]:
+    """The colours of Pascal VOC: the bits of the class number dealt out to red, green and blue."""
+    bits = [[number >> bit & 1 for bit in range(9)] for number in range(count)]
+    return [tuple(b[c] << 7 | b[c + 3] << 6 | b[c + 6] << 5 for c in range(3)) for b in bits]
+
+
+CAMVID_CLASSES = {
+    "sky": (128, 128, 128), "building": (128, 0, 0), "pole": (192, 192, 128),
+    "road": (128, 64, 128), "pavement": (60, 40, 222), "tree": (128, 128, 0),
+    "sign": (192, 128, 128), "fence": (64, 64, 128), "car": (64, 0, 128),
+    "pedestrian": (64, 64, 0), "bicyclist": (0, 128, 192),
+}  # fmt: skip
+CITYSCAPES_CLASSES = {
+    "road": (128, 64, 128), "sidewalk": (244, 35, 232), "building": (70, 70, 70),
+    "wall": (102, 102, 156), "fence": (190, 153, 153), "pole": (153, 153, 153),
+    "traffic light": (250, 170, 30), "traffic sign": (220, 220, 0), "vegetation": (107, 142, 35),
+    "terrain": (152, 251, 152), "sky": (70, 130, 180), "person": (220, 20, 60),
+    "rider": (255, 0, 0), "car": (0, 0, 142), "truck": (0, 0, 70), "bus": (0, 60, 100),
+    "train": (0, 80, 100), "motorcycle": (0, 0, 230), "bicycle": (119, 11, 32),
+}  # fmt: skip
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+VOC_CLASSES = (
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+    "motorbike person pottedplant sheep sofa train tvmonitor"
+).split()
+LAYOUTS = {
+    "camvid": Layout("{split}", "*", "{split}annot/{stem}.png", CAMVID_CLASSES, {11: VOID}),
+    "cityscapes": Layout(
+        "leftImg8bit/{split}", "*/*_leftImg8bit.png",
+        "gtFine/{split}/{folder}/{stem}_gtFine_labelIds.png", CITYSCAPES_CLASSES,
+        dict.fromkeys(range(34), VOID) | {raw: c for c, raw in enumerate(CITYSCAPES_IDS)},
+    ),
+    "voc": Layout(
+        "JPEGImages", "*", "SegmentationClass{aug}/{stem}.png",
+        dict(zip(VOC_CLASSES, bit_palette(21), strict=True)),
+        listing="ImageSets/Segmentation/{split}.txt", roots=("", "VOC2012", "VOCdevkit/VOC2012"),
+    ),
+    "folder": Layout("images/{split}", "**/*", "labels/{split}/{folder}/{stem}.png"),
+}  # fmt: skip
+DATASETS = ("synthetic", *LAYOUTS)
+
+
+def find_files(layout: Layout, data: Path, split: str) -> tuple[Path, list[Path], list[Path]]:
+    """The images' folder, the images in order, and the mask of each (whether it exists or not)."""
+    inside = layout.images.format(split=split)
+    root = next((data / path for path in layout.roots if (data / path / inside).is_dir()), None)
+    if root is None:
+        raise DataError(f"{data} has no folder {inside}; it should have {layout}")
+    folder, tail = root / inside, layout.glob.rpartition("*")[2]
+    if layout.listing:  # SBD's holds the paths of both files of a pair; the stem is what they share
+        lines = read_lines(root / layout.listing.format(split=split), "the images of the split")
+        images = [folder / f"{Path(line.split()[0]).stem}.jpg" for line in lines]
+    else:
+        suffixes = (".png", ".jpg", ".jpeg", ".webp")
+        images = sorted(p for p in folder.glob(layout.glob) if p.suffix.lower() in suffixes)
+    masks = []
+    for path in images:
+        stem = path.name.removesuffix(tail) if tail else path.stem
+        below, aug = path.parent.relative_to(folder), "Aug" if split.endswith("aug") else ""
+        masks.append(layout.masks.format(split=split, folder=below, stem=stem, aug=aug))
+    return folder, images, [root / mask for mask in masks]
+
+
+# ------------------------------------------------------------ data sets
 
 
 class EvalSample(NamedTuple):
@@ -109,66 +162,64 @@ class EvalSample(NamedTuple):
 
 
 class SegmentationDataset(Dataset):
-    """Images and masks of one split, and what their values mean.
+    """Images and masks of one split, and what their values mean. Indexing gives an `EvalSample`.
 
-    Attributes: `classes` names of the C classes of the network; `palette` their RGB; `table` uint8 [256] from a raw
-    value of the mask to 0..C-1, 255 or 254, with `valid` bool [256] the values that may occur; `images`, `masks`
-    files; `image_size` (H, W) of the network's input, None for native size.
-    Indexing gives an `EvalSample`.
+    Attributes: `classes` names of the C classes of the network; `palette` their RGB; `table` uint8
+    [256] from a mask's value to 0..C-1, 255 or 254, with `valid` bool [256] the values that may
+    occur; `images`, `masks` files; `names` of the samples, for files made from them; `image_size`
+    (H, W) of the network's input, None for native size.
     """
 
     def __init__(self, name: str, classes: dict, values: dict[int, int], image_size=None):
         self.name, self.image_size = name, image_size
-        self.classes, self.palette = list(classes), [tuple(colour) for colour in classes.values()]
-        self.images: list[Path] = []
-        self.masks: list[Path] = []
-        self.hold_out: list[str] = []
+        self.classes, self.palette = list(classes), [tuple(rgb) for rgb in classes.values()]
+        self.images, self.masks, self.names, self.hold_out = [], [], [], []
         self.table, self.valid = np.full(256, VOID, np.uint8), np.zeros(256, bool)
-        self.valid[list(values)] = True
-        self.table[list(values)] = list(values.values())
+        for raw, label in ({c: c for c in (*range(len(classes)), VOID)} | values).items():
+            self.table[raw], self.valid[raw] = label, True
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.names)
 
-    def remove_classes(self, hold_out: list[str]) -> None:
-        """Take classes out of the network: their pixels become 254, the others are numbered anew."""
-        if unknown := [name for name in hold_out if name not in self.classes]:
-            raise DataError(f"--hold-out {' '.join(unknown)}: no such class; choose from {', '.join(self.classes)}")
-        keep = [name for name in self.classes if name not in hold_out]
-        if len(keep) < 2:
-            raise DataError(f"--hold-out leaves {len(keep)} classes; a network needs at least 2")
-        renumber = np.arange(256, dtype=np.uint8)
-        renumber[: len(self.classes)] = [keep.index(name) if name in keep else IGNORED for name in self.classes]
-        self.table = renumber[self.table]
-        self.palette = [colour for name, colour in zip(self.classes, self.palette, strict=True) if name in keep]
-        self.classes, self.hold_out = keep, list(hold_out)
+    def __getitem__(self, index: int) -> EvalSample:
+        image, mask = self.read(index)
+        labels = torch.from_numpy(self.labels(mask, index))
+        return EvalSample(to_input(image, self.image_size), labels, index)
+
+    def stem(self, index: int) -> str:
+        return self.names[index]
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
         """Sample `index` at native size: the RGB image and the mask's raw values."""
         image, mask = read_image(self.images[index]), read_mask(self.masks[index])
         if image.size != mask.size:
-            raise DataError(
-                f"the mask {self.masks[index]} is {mask.width}x{mask.height}, but {self.images[index]} is "
-                f"{image.width}x{image.height}; a mask has the size of its image"
-            )
+            sizes = [f"{one.width}x{one.height}" for one in (mask, image)]
+            raise DataError(f"the mask {self.masks[index]} is {sizes[0]}, but {self.images[index]} "
+                            f"is {sizes[1]}; a mask has the size of its image")  # fmt: skip
         return image, mask
 
-    def stem(self, index: int) -> str:
-        """Name of a sample, for files made from it."""
-        return self.images[index].stem
-
     def labels(self, mask: Image.Image, index: int) -> np.ndarray:
-        """Raw values of (a part of) the mask `index` to uint8 labels. Raises DataError at a value not in the table."""
+        """Raw values of (a part of) the mask `index` to uint8 labels; DataError at unknown ones."""
         raw = np.asarray(mask)
-        if not self.valid[raw].all():
-            wrong = ", ".join(map(str, np.unique(raw[~self.valid[raw]])[:8]))
-            raise DataError(f"the mask {self.masks[index]} holds {wrong}, which {self.name} labels do not have; "
-                            "check that it is the right kind of label file")  # fmt: skip
+        if not (valid := self.valid[raw]).all():
+            wrong = ", ".join(map(str, np.unique(raw[~valid])[:8]))
+            raise DataError(f"the mask {self.masks[index]} holds {wrong}, no label of {self.name}; "
+                            "is it the right kind of file?")  # fmt: skip
         return self.table[raw]
 
-    def __getitem__(self, index: int) -> EvalSample:
-        image, mask = self.read(index)
-        return EvalSample(to_input(image, self.image_size), torch.from_numpy(self.labels(mask, index)), index)
+    def remove_classes(self, hold_out: list[str]) -> None:
+        """Take classes out of the network: their pixels become 254, the rest is numbered anew."""
+        if unknown := " ".join(name for name in hold_out if name not in self.classes):
+            known = ", ".join(self.classes)
+            raise DataError(f"--hold-out {unknown}: no such class; choose from {known}")
+        kept = {n: c for n, c in zip(self.classes, self.palette, strict=True) if n not in hold_out}
+        if len(kept) < 2:
+            raise DataError(f"--hold-out leaves {len(kept)} classes; a network needs at least 2")
+        number = {name: label for label, name in enumerate(kept)}
+        renumber = np.arange(256, dtype=np.uint8)
+        renumber[: len(self.classes)] = [number.get(name, IGNORED) for name in self.classes]
+        self.table = renumber[self.table]
+        self.classes, self.palette, self.hold_out = [*kept], [*kept.values()], list(hold_out)
 
 
 def to_input(image: Image.Image, image_size: tuple[int, int] | None) -> Tensor:
@@ -178,96 +229,15 @@ def to_input(image: Image.Image, image_size: tuple[int, int] | None) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def find_root(data: Path | None, name: str, marks: tuple[str, ...], hint: str) -> Path:
-    """The first of `data/<mark parent>` that exists, or a DataError that shows the layout."""
-    if data is None:
-        raise DataError(f"--dataset {name} needs --data DIR, a folder with {hint}")
-    for mark in marks:
-        if (data / mark).is_dir():
-            return data / mark
-    raise DataError(f"{data} has no folder {' or '.join(marks)}; --dataset {name} wants {hint}")
-
-
-def open_camvid(data: Path | None, split: str, image_size) -> SegmentationDataset:
-    root = find_root(data, "camvid", (split,), "train/ trainannot/ val/ valannot/ test/ testannot/")
-    values = {number: number for number in range(11)} | {11: VOID, VOID: VOID}
-    dataset = SegmentationDataset("camvid", CAMVID_CLASSES, values, image_size)
-    annotations = root.with_name(split + "annot")
-    dataset.images, dataset.masks = pair_files(root, "*", lambda p: annotations / f"{p.stem}.png")
-    return dataset
-
-
-def open_cityscapes(data: Path | None, split: str, image_size) -> SegmentationDataset:
-    hint = "leftImg8bit/<split>/<city>/*_leftImg8bit.png and gtFine/<split>/<city>/*_gtFine_labelIds.png"
-    root = find_root(data, "cityscapes", (f"leftImg8bit/{split}",), hint)
-    values = {number: VOID for number in (*range(34), VOID)}  # 255: -1 (license plate) in a byte
-    values |= {number: train_id for train_id, number in enumerate(CITYSCAPES_LABEL_IDS)}
-    dataset = SegmentationDataset("cityscapes", CITYSCAPES_CLASSES, values, image_size)
-    fine = data / "gtFine" / split
-    dataset.images, dataset.masks = pair_files(
-        root, "*/*_leftImg8bit.png",
-        lambda p: fine / p.parent.name / p.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png"),
-    )  # fmt: skip
-    return dataset
-
-
-def open_voc(data: Path | None, split: str, image_size) -> SegmentationDataset:
-    hint = "JPEGImages/ SegmentationClass/ ImageSets/Segmentation/, itself or as VOC2012 or VOCdevkit/VOC2012"
-    marks = tuple(f"{prefix}ImageSets/Segmentation" for prefix in ("", "VOC2012/", "VOCdevkit/VOC2012/"))
-    lists = find_root(data, "voc", marks, hint)
-    root = lists.parent.parent
-    dataset = SegmentationDataset(
-        "voc", dict(zip(VOC_CLASSES, bit_palette(21), strict=True)),
-        {number: number for number in (*range(21), VOID)}, image_size,
-    )  # fmt: skip
-    names = lists / f"{split}.txt"
-    if not names.is_file():
-        raise DataError(f"no file {names}, the list of the split's images; check the split or add the list")
-    masks = root / ("SegmentationClassAug" if split.endswith("aug") else "SegmentationClass")
-    stems = [line.split()[0] for line in names.read_text().splitlines() if line.strip()]
-    # SBD's list names both files of a line with a path; the stem is what they share
-    stems = [Path(stem).stem for stem in stems]
-    dataset.images = [root / "JPEGImages" / f"{stem}.jpg" for stem in stems]
-    dataset.masks = [masks / f"{stem}.png" for stem in stems]
-    for folder, files in ((root / "JPEGImages", dataset.images), (masks, dataset.masks)):
-        have = set(os.listdir(folder)) if folder.is_dir() else set()
-        if missing := [path for path in files if path.name not in have]:
-            raise DataError(f"{names} lists {len(missing)} files that are missing, the first is {missing[0]}")
-    return dataset
-
-
-def open_folder(data: Path | None, split: str, image_size) -> SegmentationDataset:
-    hint = "images/<split>/, labels/<split>/ (8-bit PNG, class number a pixel, 255 void) and classes.txt (a name a line)"
-    root = find_root(data, "folder", (f"images/{split}",), hint)
-    if not (names := data / "classes.txt").is_file():
-        raise DataError(f"no file {names}; --dataset folder wants {hint}")
-    classes = [line.strip() for line in names.read_text().splitlines() if line.strip()]
-    if not 2 <= len(classes) <= 254 or len(set(classes)) < len(classes):
-        raise DataError(f"{names} names {len(classes)} classes; it has to name 2 to 254 different ones, one a line")
-    values = {number: number for number in (*range(len(classes)), VOID)}
-    palette = bit_palette(len(classes) + 1)[1:]
-    dataset = SegmentationDataset("folder", dict(zip(classes, palette, strict=True)), values, image_size)
-    labels = data / "labels" / split
-    dataset.images, dataset.masks = pair_files(
-        root, "**/*", lambda p: labels / p.relative_to(root).with_suffix(".png")
-    )  # fmt: skip
-    return dataset
-
-
 class SyntheticScenes(SegmentationDataset):
-    """Street scenes drawn by `draw_scene`, the same for the same split and index; kept once they are drawn.
-
-    The split `ood` has masks of unknown objects (0 / 1 / 255) in place of labels.
-    """
+    """Drawn street scenes, the same for the same split and index; `ood` has masks of objects."""
 
     def __init__(self, split: str, image_size=None):
         if split not in SYNTHETIC_SPLITS:
-            raise DataError(f"the synthetic data set has no split {split!r}; choose {', '.join(SYNTHETIC_SPLITS)}")
-        super().__init__("synthetic", CAMVID_CLASSES, {n: n for n in (*range(11), VOID)}, image_size)
+            raise DataError(f"the synthetic data set has no split {split!r}; choose train or val")
+        super().__init__("synthetic", CAMVID_CLASSES, {}, image_size)
         self.split, self.drawn = split, {}
-
-    def __len__(self) -> int:
-        return SYNTHETIC_SPLITS[self.split]
+        self.names = [f"{split}_{index:04d}" for index in range(SYNTHETIC_SPLITS[split])]
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
         if index not in self.drawn:
@@ -277,22 +247,44 @@ class SyntheticScenes(SegmentationDataset):
             self.drawn[index] = (Image.fromarray(image), Image.fromarray(labels))
         return self.drawn[index]
 
-    def stem(self, index: int) -> str:
-        return f"{self.split}_{index:04d}"
+
+def open_files(name: str, data: Path, split: str, image_size) -> SegmentationDataset:
+    """One split of a data set of `LAYOUTS`; each image has to have its mask."""
+    layout, classes = LAYOUTS[name], LAYOUTS[name].classes
+    folder, images, masks = find_files(layout, data, split)
+    for image, mask in zip(images, masks, strict=True):
+        if not mask.is_file():
+            raise DataError(f"no mask {mask} for the image {image}; add it or remove the image")
+        if not image.is_file():
+            raise DataError(f"no image {image} for the mask {mask}; add it or shorten the list")
+    if classes is None:
+        names = read_lines(path := data / "classes.txt", "the names of the classes, a name a line")
+        if not 2 <= len(names) <= 254 or len(set(names)) < len(names):
+            raise DataError(f"{path} names {len(names)} classes; it needs 2 to 254 different ones")
+        classes = dict(zip(names, bit_palette(len(names) + 1)[1:], strict=True))
+    dataset = SegmentationDataset(name, classes, layout.values, image_size)
+    dataset.images, dataset.masks = images, masks
+    # <folders>_<stem> where folders may repeat a name
+    paths = [path.relative_to(folder if "**" in layout.glob else path.parent) for path in images]
+    dataset.names = ["_".join(path.with_suffix("").parts) for path in paths]
+    return dataset
 
 
-READERS = {"camvid": open_camvid, "cityscapes": open_cityscapes, "voc": open_voc, "folder": open_folder}
-DATASETS = ("synthetic", *READERS)
+def open_dataset(name: str, data, split: str, image_size=None, hold_out=()) -> SegmentationDataset:
+    """One split of the data set `name` in the folder `data`, without the classes in `hold_out`.
 
-
-def open_dataset(
-    name: str, data: str | Path | None, split: str, image_size: tuple[int, int] | None = None, hold_out=()
-) -> SegmentationDataset:
-    """One split of a data set, without the classes in `hold_out`. Raises DataError where the files do not fit."""
-    data = None if data is None else Path(data)
-    if data is not None and not data.is_dir():
+    `image_size` (H, W) is that of the network's input. DataError where the files do not fit.
+    """
+    if data is not None and not Path(data).is_dir():
         raise DataError(f"no such folder: {data}; --data names the folder of the data set")
-    dataset = SyntheticScenes(split, image_size) if name == "synthetic" else READERS[name](data, split, image_size)
+    if name == "synthetic":
+        if split == "ood":
+            raise DataError("the split 'ood' has masks, no labels; score it with --ood synthetic")
+        dataset = SyntheticScenes(split, image_size)
+    elif data is None:
+        raise DataError(f"--dataset {name} needs --data DIR, a folder with {LAYOUTS[name]}")
+    else:
+        dataset = open_files(name, Path(data), split, image_size)
     if len(dataset) == 0:
         raise DataError(f"no images in the split {split!r} of {data}; check the layout")
     if hold_out:
@@ -300,7 +292,7 @@ def open_dataset(
     return dataset
 
 
-# ------------------------------------------------------------------------------ training views
+# ------------------------------------------------------------ views and loaders
 
 
 class Sample(NamedTuple):
@@ -316,15 +308,12 @@ class Sample(NamedTuple):
 class TrainingViews(Dataset):
     """Random scale, crop, flip (and colour jitter) of a data set, keyed by (stream, epoch, index).
 
-    Args:
-        crop_size: (H, W) of a view.
-        scale: (lo, hi) around 1; half of the draws are uniform in [lo, 1], half in [1, hi].
-        stream: integers that key all draws.
-        views: K repeats the scale and crop of epoch e in epoch e + K, the flip stays free; 0 never repeats.
-        jitter: brightness, contrast and saturation factors are uniform in [1 - jitter, 1 + jitter].
+    A view is `crop_size` (H, W). Of the scales in (lo, hi) half are below 1, half above, uniform.
+    The integers of `stream` key all draws. `views` = K repeats the scale and crop of epoch e in
+    epoch e + K, but not the flip (0: no repeats). `jitter` is the strength of `colour_jitter`.
     """
 
-    def __init__(self, dataset: SegmentationDataset, crop_size, scale, stream: list[int], views=0, jitter=0.0):
+    def __init__(self, dataset, crop_size, scale, stream: list[int], views=0, jitter=0.0):
         self.dataset, self.crop_size, self.scale = dataset, crop_size, scale
         self.stream, self.views, self.jitter = stream, views, jitter
 
@@ -338,40 +327,37 @@ class TrainingViews(Dataset):
         flip = bool(np.random.default_rng([*self.stream, 1, epoch, index]).integers(2))
         lo, hi = self.scale
         scale = rng.uniform(lo, 1) if rng.random() < 0.5 else rng.uniform(1, hi)
-        image, mask = self.dataset.read(index)
-        image, mask, fill = random_crop(image, mask, self.dataset.image_size, scale, self.crop_size, rng)
+        image, mask, (h, w) = random_crop(
+            *self.dataset.read(index), self.dataset.image_size, scale, self.crop_size, rng
+        )
         if self.jitter:
             image = colour_jitter(image, self.jitter, rng)
-        h, w = self.crop_size
-        pixels, labels = np.zeros((h, w, 3), np.uint8), np.full((h, w), IGNORED, np.uint8)
-        pixels[: fill[0], : fill[1]] = np.asarray(image)
-        labels[: fill[0], : fill[1]] = self.dataset.labels(mask, index)
+        pixels = torch.zeros((3, *self.crop_size), dtype=torch.uint8)
+        labels = torch.full(self.crop_size, IGNORED, dtype=torch.uint8)
+        pixels[:, :h, :w] = to_input(image, None)
+        labels[:h, :w] = torch.from_numpy(self.dataset.labels(mask, index))
         if flip:
-            pixels, labels = pixels[:, ::-1], labels[:, ::-1]
-        images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        return Sample(images, torch.from_numpy(np.ascontiguousarray(labels)), index, view, flip)
+            pixels, labels = pixels.flip(-1), labels.flip(-1)
+        return Sample(pixels, labels, index, view, flip)
 
 
-def random_crop(image, mask, image_size, scale: float, crop_size, rng) -> tuple[Image.Image, Image.Image, tuple]:
-    """Resize to `image_size` x `scale` and crop, in the order that resizes only what survives the crop.
+def random_crop(image, mask, image_size, scale: float, crop_size, rng) -> tuple:
+    """Resize to `image_size` x `scale` and crop, resizing only what survives the crop.
 
-    Returns the image, the mask and their size (h, w), smaller than `crop_size` where the scaled image is.
+    Returns the image, the mask and their size (h, w): `crop_size` or that of a smaller image.
     """
     height, width = image_size or (image.height, image.width)
-    full = max(1, round(height * scale)), max(1, round(width * scale))  # size of the whole image after scaling
-    size = min(full[0], crop_size[0]), min(full[1], crop_size[1])
-    top, left = (int(rng.integers(full[k] - size[k] + 1)) for k in (0, 1))
+    full = max(1, round(height * scale)), max(1, round(width * scale))  # before the crop
+    h, w = min(full[0], crop_size[0]), min(full[1], crop_size[1])
+    top, left = int(rng.integers(full[0] - h + 1)), int(rng.integers(full[1] - w + 1))
     y, x = image.height / full[0], image.width / full[1]
-    box = (left * x, top * y, min((left + size[1]) * x, image.width), min((top + size[0]) * y, image.height))
-    target = (size[1], size[0])
-    return (
-        image.resize(target, Image.Resampling.BILINEAR, box=box),
-        mask.resize(target, Image.Resampling.NEAREST, box=box),
-        size,
-    )
+    box = left * x, top * y, min((left + w) * x, image.width), min((top + h) * y, image.height)
+    image = image.resize((w, h), Image.Resampling.BILINEAR, box=box)
+    return image, mask.resize((w, h), Image.Resampling.NEAREST, box=box), (h, w)
 
 
 def colour_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
+    """Brightness, contrast and saturation in random order, each times 1 +- `strength`."""
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for number in rng.permutation(3):
         image = enhancers[number](image).enhance(rng.uniform(1 - strength, 1 + strength))
@@ -381,8 +367,8 @@ def colour_jitter(image: Image.Image, strength: float, rng: np.random.Generator)
 class EpochBatches(Sampler):
     """Batches of (epoch, index) in an order that is a function of (stream, epoch).
 
-    `epoch` and `start` (first batch) are set before each pass, so a restart takes up where it stopped. A single
-    image left over is dropped, for batch norm needs two; a data set smaller than a batch makes one batch of all.
+    `epoch` and `start` (first batch) are set before each pass. A single image left over is dropped,
+    for batch norm needs two; a data set smaller than a batch makes one batch of all.
     """
 
     def __init__(self, length: int, batch_size: int, stream: list[int]):
@@ -392,7 +378,6 @@ class EpochBatches(Sampler):
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
         return self.length // self.batch_size + (self.length % self.batch_size > 1)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -404,44 +389,29 @@ class EpochBatches(Sampler):
 
 def worker_settings(workers: int, device: torch.device) -> dict:
     # a generator of its own: the default one would draw from the stream that dropout uses
-    return {
-        "num_workers": workers,
-        "persistent_workers": workers > 0,
-        "pin_memory": device.type == "cuda",
-        "generator": torch.Generator(),
-    }
+    own, pin = torch.Generator(), device.type == "cuda"
+    return dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=pin, generator=own)
 
 
-def training_loader(views: TrainingViews, batch_size: int, workers: int, device: torch.device) -> DataLoader:
+def training_loader(views: TrainingViews, batch_size: int, workers: int, device) -> DataLoader:
     """Batches of `Sample`; set `loader.batch_sampler.epoch` before each pass."""
     batches = EpochBatches(len(views), batch_size, views.stream)
     return DataLoader(views, batch_sampler=batches, **worker_settings(workers, device))
 
 
-def evaluation_loader(dataset: Dataset, batch_size: int, workers: int, device: torch.device) -> DataLoader:
-    """Lists of equally sized `EvalSample` batches (images [B, 3, h, w], labels [B, H, W], index [B]), in order."""
+def evaluation_loader(dataset: Dataset, batch_size: int, workers: int, device) -> DataLoader:
+    """Lists of equally sized `EvalSample` batches, in order: [B, 3, h, w], [B, H, W] and [B]."""
     settings = worker_settings(workers, device)
     return DataLoader(dataset, batch_size=batch_size, collate_fn=collate_runs, **settings)
 
 
 def collate_runs(samples: list[EvalSample]) -> list[EvalSample]:
-    """Neighbours of equal shapes become one batch; images of one size with masks of another do not."""
-    runs: list[list[EvalSample]] = []
-    for sample in samples:
-        same = runs and all(runs[-1][0][k].shape == sample[k].shape for k in (0, 1))
-        if not same:
-            runs.append([])
-        runs[-1].append(sample)
-    return [
-        EvalSample(
-            torch.stack([s.image for s in run]), torch.stack([s.labels for s in run]),
-            torch.tensor([s.index for s in run]),
-        )
-        for run in runs
-    ]  # fmt: skip
+    """Neighbours of equal shapes become one batch; one size of image with two of masks does not."""
+    runs = groupby(samples, key=lambda sample: (sample.image.shape, sample.labels.shape))
+    return [default_collate(list(run)) for _, run in runs]
 
 
-# ------------------------------------------------------------------------------ street scenes drawn on the spot
+# ------------------------------------------------------------ street scenes drawn on the spot
 
 SKY, BUILDING, POLE, ROAD, PAVEMENT, TREE, SIGN, FENCE, CAR, PEDESTRIAN, BICYCLIST = range(11)
 # A family of colours for each material; the last of most looks like another one's: nothing is sure.
@@ -650,14 +620,11 @@ def draw_ood_scene(rng, size):
     return image, mask
 
 
-# ------------------------------------------------------------------------------ out-of-distribution sets
+# ------------------------------------------------------------ out-of-distribution sets
 
 
 class PastedObjects(Dataset):
-    """Unknown objects of the synthetic set composited into the images of `dataset`, the same for the same index.
-
-    Indexing gives an `EvalSample` whose labels are the mask: 1 on an object, 255 where the image is void, else 0.
-    """
+    """Unknown objects pasted into `dataset`, the same for an index; mask 1 on them, 255 void."""
 
     def __init__(self, dataset: SegmentationDataset):
         self.dataset, self.stem = dataset, dataset.stem
@@ -667,18 +634,17 @@ class PastedObjects(Dataset):
 
     def __getitem__(self, index: int) -> EvalSample:
         image, mask = self.dataset.read(index)
-        pasted, objects = paste_unknowns(np.array(image), np.random.default_rng([PASTED, index]))
-        void = self.dataset.labels(mask, index) >= IGNORED  # held-out classes are unknown too: no negatives
+        rng = np.random.default_rng([PASTED, index])
+        pasted, objects = paste_unknowns(np.array(image), rng)
+        void = self.dataset.labels(mask, index) >= IGNORED  # held-out classes are no negatives
         anomaly = np.where(objects == 1, 1, np.where(void, VOID, 0)).astype(np.uint8)
         image = to_input(Image.fromarray(pasted), self.dataset.image_size)
         return EvalSample(image, torch.from_numpy(anomaly), index)
 
 
 def open_ood(spec: str, dataset: SegmentationDataset) -> Dataset:
-    """The OOD set that `spec` names, its images at the input size of the evaluation set `dataset`.
-
-    "pasted": unknown objects in the images of `dataset`; "synthetic": the split `ood` of the drawn scenes.
-    """
+    """The OOD set that `spec` names, at the input size of the evaluation set `dataset`: "pasted"
+    into its images, or the split `ood` of the "synthetic" scenes."""
     if spec == "pasted":
         return PastedObjects(dataset)
     if spec == "synthetic":

@@ -5,8 +5,9 @@ The teacher is M independently trained networks. With softmax taken after upsamp
     p(c) = 1/M sum_m softmax(logits_m)(c)        y = argmax_c p(c)
     u    = sqrt( 1/(M-1) sum_m (softmax(logits_m)(y) - p(y))^2 )
 
-is its mean prediction and its predictive uncertainty (Landgraf et al. 2024, doi 10.1007/s41064-024-00280-4).
-The student predicts u with one 1x1 convolution and a sigmoid on the decoder's features: one pass for both.
+is its mean prediction and its predictive uncertainty (Landgraf et al. 2024, doi
+10.1007/s41064-024-00280-4). The student predicts u with one 1x1 convolution and a sigmoid on the
+decoder's features: one pass for both.
 
     from model import load_model
     network = load_model("ckpts/student.pt")           # eval mode, on the CPU
@@ -19,7 +20,7 @@ import os
 import pickle
 import platform
 import subprocess
-import zipfile
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -34,60 +35,59 @@ from torchvision.models.segmentation.deeplabv3 import ASPPConv, DeepLabHead
 
 BACKBONES = ("resnet18", "resnet50", "resnet101", "mobilenet_v3_large")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-MAX_STD = math.sqrt(0.5)  # largest unbiased std of values in [0, 1]: two members, one says 0, one says 1
+Size = tuple[int, int] | None  # (H, W); None: that of the input
+MAX_STD = math.sqrt(0.5)  # largest unbiased std of values in [0, 1]: of two members, 0 and 1
+UNREADABLE = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, LookupError,
+              TypeError, AttributeError)  # what torch.load answers to damaged bytes  # fmt: skip
 
 
 class ModelError(ValueError):
-    """A checkpoint, a weight file or a set of members that cannot be used; the message says what to do."""
+    """A checkpoint, weight file or set of members that cannot be used; says what to do."""
 
 
-# ------------------------------------------------------------------------------ network
+# ------------------------------------------------------------ network
 
 
 class Prediction(NamedTuple):
-    """What a network returns. `logits` float32 [B, C, H, W]; `uncertainty` float32 [B, T, H, W] in (0, 1),
-    one channel per distilled measure, or None where the network has no uncertainty head."""
+    """What a network returns."""
 
-    logits: Tensor
-    uncertainty: Tensor | None
+    logits: Tensor  # float32 [B, C, H, W]
+    uncertainty: Tensor | None  # float32 [B, T, H, W] in (0, 1), a channel per distilled measure
 
 
 class DeepLabV3(nn.Module):
-    """torchvision's DeepLabv3 (`backbone.*` and `classifier.*` keep its parameter names), plus the head of DUDES.
+    """torchvision's DeepLabv3 (`backbone.*` and `classifier.*` keep its names), plus DUDES' head.
 
-    Args:
-        backbone: one of `BACKBONES`. Output stride 8 for resnet50 and resnet101, 16 for the other two.
-        num_classes: C.
-        measures: names of the distilled uncertainties, one channel each; empty for a network without the head.
+    `backbone`, one of `BACKBONES`, has output stride 8 for resnet50 and resnet101, else 16.
+    `measures` names the distilled uncertainties, a channel each; without any there is no head.
     """
 
     def __init__(self, backbone: str, num_classes: int, measures: tuple[str, ...] = ()):
         super().__init__()
         self.backbone, channels = build_backbone(backbone)
-        # DeepLabHead subclasses nn.Sequential and cannot be sliced: ASPP, 3x3 convolution, BN, ReLU, classifier
+        # DeepLabHead cannot be sliced: ASPP, 3x3 convolution, BN, ReLU, classifier
         self.classifier = nn.ModuleList(DeepLabHead(channels, num_classes))
         for branch in self.classifier[0].convs:
             if isinstance(branch, ASPPConv):
                 old = branch[0]
                 branch[0] = AtrousConv2d(
-                    old.in_channels, old.out_channels, 3, padding=old.padding, dilation=old.dilation, bias=False
-                )
+                    old.in_channels, old.out_channels, 3, padding=old.padding,
+                    dilation=old.dilation, bias=False,
+                )  # fmt: skip
         width = self.classifier[-1].in_channels
         self.uncertainty = nn.Conv2d(width, len(measures), kernel_size=1) if measures else None
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor, size: tuple[int, int] | None = None) -> Prediction:
-        """RGB images [B, 3, h, w], uint8 or float in [0, 1], to a `Prediction` at `size` (H, W), default (h, w)."""
+    def forward(self, images: Tensor, size: Size = None) -> Prediction:
+        """RGB images [B, 3, h, w], uint8 or float in [0, 1]; predicts at `size`, default (h, w)."""
         size = size or images.shape[-2:]
         x = images.float() / 255 if images.dtype == torch.uint8 else images
         x = self.backbone((x - self.mean) / self.std)
         for layer in self.classifier[:-1]:
             x = layer(x)
-        logits = upsample(self.classifier[-1](x), size)
-        if self.uncertainty is None:
-            return Prediction(logits, None)
-        return Prediction(logits, upsample(self.uncertainty(x), size).sigmoid())
+        u = None if self.uncertainty is None else upsample(self.uncertainty(x), size).sigmoid()
+        return Prediction(upsample(self.classifier[-1](x), size), u)
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Everything behind the backbone, which trains at a multiple of its learning rate."""
@@ -97,8 +97,8 @@ class DeepLabV3(nn.Module):
 class AtrousConv2d(nn.Conv2d):
     """A dilated 3x3 convolution that leaves out the taps which see nothing but padding.
 
-    Where the map is no higher (wider) than the dilation, only the middle row (column) of the kernel meets pixels:
-    the result is the same, and small images cost less (up to a fifth of a training step of resnet18).
+    Where the map is no higher (wider) than the dilation, only the middle row (column) of the kernel
+    meets pixels: the result is the same, for up to a fifth less of resnet18's training step.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,34 +116,33 @@ def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def build_backbone(name: str) -> tuple[nn.Sequential, int]:
-    """torchvision's classifier without its last layers, dilated; returns (network, output channels)."""
+    """torchvision's classifier without its last layers, dilated, and its output channels."""
     if name not in BACKBONES:
         raise ModelError(f"unknown backbone {name!r}; choose one of {', '.join(BACKBONES)}")
     if name == "mobilenet_v3_large":
         return torchvision.models.mobilenet_v3_large(dilated=True).features, 960
     if name == "resnet18":
         network = torchvision.models.resnet18()
-        # BasicBlock refuses dilation in its constructor. The strided convolution still sees the undilated
-        # grid; all that follow it step over the pixels which the stride no longer removes.
+        # BasicBlock takes no dilation. The strided convolution still sees the undilated grid; those
+        # that follow it step over the pixels which the stride no longer removes.
         first, second = network.layer4
         first.conv1.stride = first.downsample[0].stride = (1, 1)
         for conv in (first.conv2, second.conv1, second.conv2):
             conv.dilation = conv.padding = (2, 2)
     else:
-        network = getattr(torchvision.models, name)(replace_stride_with_dilation=[False, True, True])
+        dilate = [False, True, True]
+        network = getattr(torchvision.models, name)(replace_stride_with_dilation=dilate)
     channels = network.fc.in_features
     del network.avgpool, network.fc
-    layers = nn.Sequential()
-    for key, layer in network.named_children():
-        layers.add_module(key, layer)
-    return layers, channels
+    return nn.Sequential(OrderedDict(network.named_children())), channels
 
 
 def load_weights(network: DeepLabV3, weights: str, backbone: str) -> str:
-    """Initialise `network` from `weights`: "imagenet" (downloaded by torchvision), "none", or a state-dict file.
+    """Initialise `network` from `weights`: "imagenet" (downloaded), "none" or a state dict.
 
-    A file may hold a classifier of torchvision, a DeepLabv3 of torchvision or a checkpoint of this project. It has
-    to fill the whole backbone; of the rest, what fits by name and shape is taken. Returns a line that says how much.
+    A file may hold a classifier or a DeepLabv3 of torchvision, or a checkpoint of this project. It
+    has to fill the whole backbone (else ModelError); of the rest, what fits by name and shape is
+    taken. Returns a line that says how much.
     """
     if weights == "none":
         return "weights: random"
@@ -151,50 +150,50 @@ def load_weights(network: DeepLabV3, weights: str, backbone: str) -> str:
         enum = torchvision.models.get_model_weights(backbone).DEFAULT
         try:
             state = enum.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors, a broken download a RuntimeError
+        except (OSError, RuntimeError) as error:  # urllib's are OSErrors; a wrong hash
             raise ModelError(
-                f"cannot download the ImageNet weights {enum.url} ({error}); fetch that file on another machine "
-                "and pass it as --weights FILE, or train from scratch with --weights none"
+                f"cannot download {enum.url} ({error}); fetch that file elsewhere and pass it as "
+                "--weights FILE, or start with --weights none"
             ) from error
     else:
         state = read_tensors(weights)
-        state = state.get("model", state.get("state_dict", state))
+        for key in ("model", "state_dict"):
+            if isinstance(state.get(key), dict):
+                state = state[key]
     own = network.state_dict()
     found = {}
     for name, value in state.items():
-        name = name.removeprefix("module.").removeprefix("features.")
-        for candidate in (name, "backbone." + name):
-            if candidate in own and isinstance(value, Tensor) and own[candidate].shape == value.shape:
-                found[candidate] = value
-    missing = [k for k in own if k.startswith("backbone.") and k not in found and "num_batches" not in k]
-    if missing:
+        name = str(name).removeprefix("module.").removeprefix("features.")
+        for key in (name, "backbone." + name):
+            if key in own and isinstance(value, Tensor) and own[key].shape == value.shape:
+                found[key] = value
+    rest = [name for name in own if name not in found and "num_batches" not in name]
+    if missing := [name for name in rest if name.startswith("backbone.")]:
         raise ModelError(
-            f"weights {weights!r} do not fit backbone {backbone}: {len(missing)} of its tensors are missing or of "
-            f"another shape, the first is {missing[0]}; pass the state dict of a torchvision {backbone}"
+            f"weights {weights!r} do not fit backbone {backbone}: {len(missing)} of its tensors "
+            f"are missing or differ in shape, as {missing[0]}; pass a torchvision {backbone}"
         )
     network.load_state_dict(found, strict=False)
-    rest = [k for k in own if k not in found and "num_batches" not in k]
     return f"weights: {len(found)} tensors from {weights}, {len(rest)} random"
 
 
-# ------------------------------------------------------------------------------ ensemble
+# ------------------------------------------------------------ ensemble
 
 
 class EnsemblePrediction(NamedTuple):
-    """What a teacher returns: `probs` float32 [B, C, H, W], the mean softmax; `std` float32 [B, H, W], the unbiased
-    standard deviation over the members of the predicted class's probability, in [0, 0.7072]; `expected_entropy`
-    float32 [B, H, W], the mean of the members' entropies in nats, in [0, log C], or None if not asked for."""
+    """What a teacher returns."""
 
-    probs: Tensor
-    std: Tensor
-    expected_entropy: Tensor | None
+    probs: Tensor  # float32 [B, C, H, W], the mean softmax
+    std: Tensor  # float32 [B, H, W] in [0, 0.7072], unbiased, of the predicted class's probability
+    expected_entropy: Tensor | None  # float32 [B, H, W], the members' mean in nats, if asked for
 
 
-def predictive_statistics(member_logits: Iterable[Tensor], expected_entropy: bool = False) -> EnsemblePrediction:
-    """Mean probabilities and predictive uncertainty of a stream of M >= 2 logits [B, C, H, W].
+def predictive_statistics(member_logits: Iterable[Tensor], expected_entropy=False):
+    """The `EnsemblePrediction` of a stream of M >= 2 logits [B, C, H, W]; ModelError if M < 2.
 
-    Memory is that of four [B, C, H, W] tensors whatever M is. Plain sums of p and p^2 cancel where probabilities
-    saturate (a std under 1e-3 is lost in float32), so both sums are taken of p - p_0, the first member's p.
+    Memory is that of four [B, C, H, W] tensors whatever M is. Plain sums of p and p^2 cancel where
+    probabilities saturate (a std under 1e-3 is lost in float32), so both sums are taken of p - p_0,
+    the first member's p.
     """
     count, entropy = 0, None
     for logits in member_logits:
@@ -215,28 +214,19 @@ def predictive_statistics(member_logits: Iterable[Tensor], expected_entropy: boo
     y = probs.argmax(dim=1, keepdim=True)  # [B, 1, H, W]
     shift, square = shift.gather(1, y), square.gather(1, y)
     variance = (square - shift.square() / count) / (count - 1)
-    return EnsemblePrediction(
-        probs, variance.clamp_(min=0).sqrt_().squeeze(1), None if entropy is None else entropy.div_(count)
-    )
+    std = variance.clamp_(min=0).sqrt_().squeeze(1)
+    return EnsemblePrediction(probs, std, None if entropy is None else entropy.div_(count))
 
 
 class Ensemble(nn.Module):
-    """M frozen networks, or M dropout samples of a single one (`mc_samples`; Gal & Ghahramani 2016).
-
-    Raises ModelError unless there are at least two members, or one with `mc_samples` >= 2.
-    """
+    """M >= 2 frozen networks, or dropout samples of one (`mc_samples`; Gal & Ghahramani 2016)."""
 
     def __init__(self, members: list[DeepLabV3], mc_samples: int = 0):
         super().__init__()
-        if mc_samples and (len(members) != 1 or mc_samples < 2):
+        if not (len(members) == 1 and mc_samples >= 2 if mc_samples else len(members) >= 2):
             raise ModelError(
-                f"--mc-samples {mc_samples} with {len(members)} checkpoints: dropout samples one network, at least "
-                "2 times; name a single checkpoint and 2 samples or more"
-            )
-        if not mc_samples and len(members) < 2:
-            raise ModelError(
-                f"an ensemble of {len(members)}: the uncertainty needs at least 2 members; "
-                "train more, or sample one with --mc-samples N"
+                f"--mc-samples {mc_samples} with {len(members)} checkpoints: the uncertainty needs "
+                "at least 2 members, or a single one and at least 2 samples"
             )
         self.members = nn.ModuleList(members).requires_grad_(False)
         self.mc_samples = mc_samples
@@ -252,28 +242,26 @@ class Ensemble(nn.Module):
     def __len__(self) -> int:
         return self.mc_samples or len(self.members)
 
-    def stream(self, images: Tensor, size: tuple[int, int] | None = None) -> Iterator[Tensor]:
+    def stream(self, images: Tensor, size: Size = None) -> Iterator[Tensor]:
         """The members' logits [B, C, H, W] one after the other, in the members' order."""
         for index in range(len(self)):
             yield self.members[0 if self.mc_samples else index](images, size).logits
 
-    def forward(
-        self, images: Tensor, size: tuple[int, int] | None = None, expected_entropy: bool = False
-    ) -> EnsemblePrediction:
-        """Images [B, 3, h, w] as for `DeepLabV3` to the statistics at `size` (H, W), default (h, w)."""
+    def forward(self, images: Tensor, size: Size = None, expected_entropy=False):
+        """`EnsemblePrediction` of images [B, 3, h, w] as for `DeepLabV3`, at `size` or (h, w)."""
         return predictive_statistics(self.stream(images, size), expected_entropy)
 
 
-# ------------------------------------------------------------------------------ checkpoints
+# ------------------------------------------------------------ checkpoints
 
 
 def save_atomically(path: str | Path, content: dict | str) -> None:
-    """Write tensors and plain dicts (torch.save) or a text so that a reader finds the old file or the new one."""
+    """Write tensors and plain dicts, or a text; a reader finds the old file or the new one."""
     path = Path(path)
     if isinstance(content, str):
         data = content.encode()
     else:
-        buffer = io.BytesIO()  # torch.save hides a full disk behind a RuntimeError, write() raises the OSError
+        buffer = io.BytesIO()  # torch.save makes a RuntimeError of a full disk, write() does not
         torch.save(content, buffer)
         data = buffer.getbuffer()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -288,25 +276,30 @@ def save_atomically(path: str | Path, content: dict | str) -> None:
 
 
 def read_tensors(path: str | Path) -> dict:
-    """`torch.load` of tensors and plain containers only: a file that holds code is refused, not run."""
+    """`torch.load` of tensors and plain containers: a file that holds code is refused, not run."""
     path = Path(path)
     if not path.is_file():
         raise ModelError(f"no such checkpoint: {path}; check the path, or train it first")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        reason = "it is empty" if path.stat().st_size == 0 else str(error).strip().splitlines()[0][:120]
-        raise ModelError(f"{path} is not a readable checkpoint ({reason}); restore it or train it again") from error
+    except UNREADABLE as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        reason = reason if path.stat().st_size else "it is empty"
+        message = f"{path} is not a readable checkpoint ({reason}); restore it or train it again"
+        raise ModelError(message) from error
     if not isinstance(content, dict):
-        raise ModelError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors; name another file")
+        raise ModelError(f"{path} holds a {type(content).__name__}, not a dict; name another file")
     return content
 
 
 def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint of this project: `model`, `config`, `args`, `metrics`, `versions`."""
     checkpoint = read_tensors(path)
-    if missing := {"model", "config", "args"} - checkpoint.keys():
-        raise ModelError(f"{path} is no checkpoint of this project: it lacks {', '.join(sorted(missing))}")
+    missing = {"model", "config", "args"} - checkpoint.keys()
+    missing = missing or {"backbone", "classes", "measures"} - set(checkpoint["config"] or ())
+    if missing:
+        lacks = ", ".join(sorted(missing))
+        raise ModelError(f"{path} is no checkpoint of this project: it lacks {lacks}")
     return checkpoint
 
 
@@ -318,56 +311,55 @@ def build_model(checkpoint: dict, path: str | Path) -> DeepLabV3:
         network.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{path}: the weights do not fit the configuration stored with them ({reason})") from error
+        raise ModelError(f"{path}: its weights do not fit its configuration ({reason})") from error
     return network.eval()
 
 
 def load_model(path: str | Path) -> DeepLabV3:
-    """The network of a checkpoint file, in eval mode, on the CPU. Raises ModelError where it cannot be used."""
+    """The network of a checkpoint file, in eval mode, on the CPU; ModelError if it is unusable."""
     return build_model(read_checkpoint(path), path)
 
 
 def member_files(teacher: list[str | Path]) -> list[Path]:
-    """Checkpoint files of a teacher given as one folder (`member_*.pt`) or as the files themselves."""
-    if len(teacher) > 1 or Path(teacher[0]).suffix == ".pt":
+    """Checkpoint files of a teacher: those of a folder (`member_*.pt`), or the named files."""
+    first = Path(teacher[0])
+    if len(teacher) > 1 or first.suffix == ".pt" or first.is_file():
         return [Path(path) for path in teacher]
-    files = sorted(Path(teacher[0]).glob("member_[0-9]*.pt"))
-    if not files:
-        raise ModelError(f"no member_*.pt in {teacher[0]}; train them first: python train_ensemble.py --members 10")
-    return files
+    if files := sorted(first.glob("member_[0-9]*.pt")):
+        return files
+    raise ModelError(f"no member_*.pt in {first}; first run python train_ensemble.py --members 10")
 
 
 def load_ensemble(teacher: list[str | Path], mc_samples: int = 0) -> tuple[Ensemble, dict]:
-    """The members of a folder or of the named files as (Ensemble, first member's checkpoint without the weights).
+    """The members of a folder or the named files, and the first one's checkpoint without `model`.
 
-    Raises ModelError where a folder lacks members that its training run had, or where members differ in backbone,
-    classes or data, naming both files.
+    Raises ModelError where a folder lacks members that its training run had, or where members
+    differ in backbone, classes or data, naming both files.
     """
     files = member_files(teacher)
     checkpoints = [read_checkpoint(path) for path in files]
-    if len(teacher) == 1 and Path(teacher[0]).is_dir():
-        expected = max(checkpoint["config"]["members"] for checkpoint in checkpoints)
-        have = {path.name for path in files}
-        wanted = [f"member_{index:02d}.pt" for index in range(expected)]
-        if absent := [name for name in wanted if name not in have]:
-            raise ModelError(
-                f"{teacher[0]} lacks {', '.join(absent)} of a run of {expected} members; finish the training, "
-                "or name the files to use one by one"
-            )
-    for path, checkpoint in zip(files[1:], checkpoints[1:], strict=True):
+    configs = [checkpoint["config"] for checkpoint in checkpoints]
+    if Path(teacher[0]).is_dir():
+        expected = max(config["members"] for config in configs)
+        wanted = {f"member_{index:02d}.pt" for index in range(expected)}
+        if absent := ", ".join(sorted(wanted - {path.name for path in files})):
+            raise ModelError(f"{teacher[0]} lacks {absent} of a run of {expected} members; finish "
+                             "the training, or name the files to use one by one")  # fmt: skip
+    for path, config in zip(files, configs, strict=True):
         for key in ("backbone", "classes", "dataset", "hold_out", "image_size"):
-            one, other = checkpoints[0]["config"][key], checkpoint["config"][key]
-            if one != other:
-                raise ModelError(f"{path} has {key} {other}, but {files[0]} has {one}: they are no ensemble")
-    members = [build_model(checkpoint, path) for checkpoint, path in zip(checkpoints, files, strict=True)]
+            if (other := config[key]) != (one := configs[0][key]):
+                raise ModelError(f"{path} has {key} {other}, but {files[0]} has {one}: they are no "
+                                 "ensemble")  # fmt: skip
+    pairs = zip(checkpoints, files, strict=True)
+    members = [build_model(checkpoint, path) for checkpoint, path in pairs]
     first = {key: value for key, value in checkpoints[0].items() if key != "model"}
     return Ensemble(members, mc_samples), first
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on besides its command: package versions, hardware, git commit (or "unknown")."""
+    """What a result depends on besides its command: package versions, hardware, git commit."""
     try:
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12"]
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
