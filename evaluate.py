@@ -286,9 +286,6 @@ def gather(names: list[str], trackers: dict[str, Tracker], members: list) -> dic
     return {"segmentation": segmentation, "uncertainty": uncertainty, "classes": classes}
 
 
-# ---------------------------------------------------------------- out-of-distribution sets
-
-
 def detect(detections: dict[str, metrics.Detection], outputs: dict, mask: Tensor) -> None:
     """Counts a batch for every score: anomalies are 1 in the mask [B, H, W], 255 is void."""
     for name, output in outputs.items():
@@ -324,9 +321,6 @@ def save_scores(args, dataset, which: str, outputs: dict[str, Output], index: li
             folder.mkdir(parents=True, exist_ok=True)
             for number, values in zip(index, maps.half().cpu().numpy(), strict=True):
                 np.save(folder / f"{dataset.stem(number)}.npy", values)
-
-
-# ---------------------------------------------------------------- timing
 
 
 @torch.inference_mode()
@@ -402,20 +396,27 @@ def choose_images(accuracy: list[float], count: int) -> list[tuple[str, int]]:
 
 @torch.inference_mode()
 def predict_files(networks: Networks, args: argparse.Namespace) -> None:
-    """--predict: class and uncertainty maps of each image; what is none is skipped and counted."""
-    if not args.predict.exists():
-        raise UsageError(f"--predict {args.predict}: no such file or folder; check the path")
-    names, started, skipped = output_names(args.predict, args.out), time.monotonic(), []
+    """--predict: the maps of each image, subfolders kept; what is no image is skipped and counted.
+
+    They have its name without the suffix, or with it where a neighbour differs in nothing else.
+    """
+    source, started, skipped = args.predict, time.monotonic(), []
+    if not source.exists():
+        raise UsageError(f"--predict {source}: no such file or folder; check the path")
+    files = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
+    taken = Counter([*files, *(path.with_suffix("") for path in files)])
     args.out.mkdir(parents=True, exist_ok=True)
-    for done, (path, name) in enumerate(names.items(), 1):
+    for done, path in enumerate(files, 1):
         try:
             image = data.read_image(path)
         except data.DataError:
             skipped.append(path.name)
         else:
+            name = path.with_suffix("") if taken[path.with_suffix("")] == 1 else path
+            name = name.relative_to(source if source.is_dir() else source.parent)
             save_maps(networks, image, args, args.out / name)
-        show_progress(done, len(names), started)
-    print(f"{len(names) - len(skipped)} images in {args.out}", end="")
+        show_progress(done, len(files), started)
+    print(f"{len(files) - len(skipped)} images in {args.out}", end="")
     print(f"; {len(skipped)} skipped, not images: {', '.join(skipped[:5])}" if skipped else "")
 
 
@@ -427,33 +428,13 @@ def save_maps(networks: Networks, image: Image.Image, args, path: Path) -> None:
     output = predict(networks, pixels, (image.height, image.width), args)[name]
     labels = output.probs[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
     u = output.scores[PRIMARY[name]][0].clamp(0, 1).cpu().numpy()
-    classes = Image.fromarray(labels).convert("P")
+    classes, colours = Image.fromarray(labels).convert("P"), colourise(labels, args.palette)
     classes.putpalette(np.array(args.palette, np.uint8).tobytes())
-    pictures = {
-        "classes": classes,
-        "overlay": Image.blend(image, Image.fromarray(colourise(labels, args.palette)), 0.5),
-        "uncertainty": Image.fromarray(viridis(u / max(u.max(), 1e-6))),
-        "uncertainty16": Image.fromarray((u * 65535).round().astype(np.uint16)),
-    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    for kind, picture in pictures.items():
-        picture.save(path.with_name(f"{path.name}_{kind}.png"))
-
-
-def output_names(source: Path, out: Path) -> dict[Path, Path]:
-    """The files of a folder (or the one file), and where below --out the maps of each belong: its
-    path without the suffix, or with it where images differ in nothing else."""
-    if not source.is_dir():
-        return {source: Path(source.stem)}
-    files = sorted(path for path in source.rglob("*") if path.is_file())
-    if out.resolve() != source.resolve():  # maps of an earlier run are no photos
-        files = [path for path in files if out.resolve() not in path.resolve().parents]
-    full = [path.relative_to(source) for path in files]
-    image = Image.registered_extensions()
-    short = [path.with_suffix("") if path.suffix.lower() in image else path for path in full]
-    taken = Counter(short + full)
-    names = [a if taken[a] == 1 else b for a, b in zip(short, full, strict=True)]
-    return dict(zip(files, names, strict=True))
+    classes.save(f"{path}_classes.png")
+    Image.blend(image, Image.fromarray(colours), 0.5).save(f"{path}_overlay.png")
+    Image.fromarray(viridis(u / max(u.max(), 1e-6))).save(f"{path}_uncertainty.png")
+    Image.fromarray((u * 65535).round().astype(np.uint16)).save(f"{path}_uncertainty16.png")
 
 
 # ---------------------------------------------------------------- pictures
@@ -515,10 +496,8 @@ def panel(photo: Image.Image, labels, rows, palette, names, anomalies=False) -> 
         put(0, 1, "ground truth", colourise(labels, palette))
     for i, (name, prediction, uncertainty) in enumerate(rows):
         put(i, 2, f"{name}: prediction", colourise(prediction, palette))
-        if anomalies:
-            put(i, 3, "white: anomaly or void", labels != 0)
-        else:  # void differs from every class
-            put(i, 3, "white: wrong or void", prediction != labels)
+        white = labels != (0 if anomalies else prediction)  # void differs from every class
+        put(i, 3, f"white: {'anomaly' if anomalies else 'wrong'} or void", white)
         put(i, 4, f"{name}: uncertainty", viridis(uncertainty / top))
     for i, (c, name) in enumerate(legend):
         x, y = MARGIN + i % 4 * width, strip + 28 * (i // 4)
@@ -599,7 +578,7 @@ def line_chart(title, series, xlabel, ylabel, limits, diagonal=False) -> str:
             f"<title>{html.escape(title)}</title>{''.join(parts)}</svg>")
 
 
-# ---------------------------------------------------------------- tables
+# ---------------------------------------------------------------- tables and report
 
 COLUMNS = {  # key in metrics.json: heading with the better side, factor, digits
     "miou": ("mIoU % ↑", 100, 2), "pixel_accuracy": ("pixel acc. % ↑", 100, 2),
@@ -652,8 +631,6 @@ def _html_table(head, rows) -> str:
     lines += ["<th>" + "<td>".join(html.escape(cell) for cell in row) for row in rows]
     return f'<div class="scroll"><table><tr>{"<tr>".join(lines)}</table></div>' if rows else ""
 
-
-# ---------------------------------------------------------------- report
 
 STYLE = """
 :root{color-scheme:light dark}figure:has(img){width:100%;overflow-x:auto}
@@ -746,9 +723,8 @@ def _headline(results: dict) -> str:
 
 def _sections(results: dict, panels=()):
     """Yields (heading, how to read it, the table's (headings, rows), HTML below the table)."""
-    segmentation, uncertainty, fidelity, classes = (
-        results[part] for part in ("segmentation", "uncertainty", "fidelity", "classes"))
-    detection = ("auroc", "ap", "fpr95")
+    segmentation, uncertainty = results["segmentation"], results["uncertainty"]
+    fidelity, classes, detection = results["fidelity"], results["classes"], ("auroc", "ap", "fpr95")
     yield ("Segmentation", "Arrows point to the better side.",
            _table(segmentation, "miou", "pixel_accuracy", "nll", "brier", "ece"),
            _curve("reliability", segmentation))
@@ -804,7 +780,7 @@ def open_networks(args: argparse.Namespace) -> tuple[Networks, dict]:
         teacher, checkpoint = model.load_ensemble(args.teacher or ["ckpts"], args.mc_samples)
         networks["teacher"] = teacher
     elif args.mc_samples:
-        raise UsageError(f"--mc-samples {args.mc_samples} samples a checkpoint: name --teacher FILE")
+        raise UsageError(f"--mc-samples {args.mc_samples} samples one network: name --teacher FILE")
     if args.student or path.exists():
         other, checkpoint = checkpoint, model.read_checkpoint(path)
         networks["student"] = model.build_model(checkpoint, path)
@@ -907,13 +883,13 @@ def main(args: argparse.Namespace) -> None:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
+    """The command line; None is filled in by `resolve`."""
     parser = Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
     add = parser.add_argument_group("networks").add_argument
     add("--student", type=Path, metavar="FILE", help="(default: ckpts/student.pt if it is there)")
     add("--teacher", nargs="+", metavar="DIR|FILE", help="(default: ckpts/member_*.pt if there)")
     add("--mc-samples", type=int, default=0, metavar="N", help="dropout samples of one --teacher")
-    group = "data; what is left open is as the networks were trained"
-    add = parser.add_argument_group(group).add_argument
+    add = parser.add_argument_group("data (default: as the networks were trained)").add_argument
     add("--dataset", choices=data.DATASETS)
     add("--data", type=Path, metavar="DIR", help="folder of the data set")
     add("--split", default="val", help="(default: val)")
@@ -921,10 +897,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what to do").add_argument
     add("--ood", nargs="*", metavar="SPEC", help="anomaly detection on synthetic, held-out or "
         "pasted objects (alone: what the data set offers)")
-    add("--save-scores", type=Path, metavar="DIR",
-        help="float16 maps of every score, DIR/<set>/<model>-<score>/")
-    add("--predict", type=Path, metavar="DIR|FILE",
-        help="no evaluation: class and uncertainty maps of these images")
+    add("--save-scores", type=Path, metavar="DIR", help="keep float16 maps of every score")
+    add("--predict", type=Path, metavar="DIR|FILE", help="only write the maps of these images")
     add("--benchmark", action="store_true", help="time the networks as well")
     add("--panels", type=int, default=5, metavar="N", help="images, best to worst (default: 5)")
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="(default: results)")

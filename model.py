@@ -76,6 +76,8 @@ class DeepLabV3(nn.Module):
                 )  # fmt: skip
         width = self.classifier[-1].in_channels
         self.uncertainty = nn.Conv2d(width, len(measures), kernel_size=1) if measures else None
+        if measures:  # start where stds lie, at 0.05: from 0.5 a sigmoid takes epochs to get there
+            nn.init.constant_(self.uncertainty.bias, -3.0)
         for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
@@ -88,10 +90,6 @@ class DeepLabV3(nn.Module):
             x = layer(x)
         u = None if self.uncertainty is None else upsample(self.uncertainty(x), size).sigmoid()
         return Prediction(upsample(self.classifier[-1](x), size), u)
-
-    def head_parameters(self) -> list[nn.Parameter]:
-        """Everything behind the backbone, which trains at a multiple of its learning rate."""
-        return [p for name, p in self.named_parameters() if not name.startswith("backbone.")]
 
 
 class AtrousConv2d(nn.Conv2d):

@@ -45,9 +45,9 @@ from model import (
 # replaces them without. scale: a view is resized by a factor from it. The student's alone: jitter
 # of the colours (the paper, VOC) and views, its kept teacher targets.
 RECIPES = {
-    "synthetic": dict(backbone="resnet18", weights="none", epochs=10, batch_size=8,
-                      crop_size=(96, 144), lr=0.01, head_lr_mult=10.0, weight_decay=5e-4,
-                      warmup=0, scale=(0.75, 1.5), jitter=0.0, views=5),
+    "synthetic": dict(backbone="resnet18", weights="none", epochs=3, batch_size=4,
+                      crop_size=(96, 144), lr=0.06, head_lr_mult=1.0, weight_decay=5e-4,
+                      warmup=20, scale=(1.0, 1.0), jitter=0.0, views=1),
     "camvid": dict(backbone="resnet101", weights="imagenet", epochs=100, batch_size=8,
                    crop_size=(360, 480), lr=0.01, head_lr_mult=10.0, weight_decay=5e-4,
                    warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5),
@@ -62,6 +62,7 @@ RECIPES = {
                    warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5),
 }  # fmt: skip
 SCRATCH = dict(lr=0.05, head_lr_mult=1.0, warmup=50)
+UNCERTAINTY_LR_MULT = 10.0  # the paper's for all heads; this one, a sigmoid near 0, always needs it
 ROLES = {"member": 0, "student": 1}
 # what may differ between a command and the run that it continues
 FREE = {"members", "member_ids", "workers", "device", "data", "save_every", "overwrite", "out",
@@ -186,10 +187,11 @@ def lr_factor(step: int, steps: int, warmup: int) -> float:
 
 
 def build_optimizer(model: DeepLabV3, args: argparse.Namespace) -> torch.optim.SGD:
-    """SGD with momentum; a group's `multiple` of the learning rate is 1 or `--head-lr-mult`."""
-    heads = model.head_parameters()
-    groups = [{"params": list(model.backbone.parameters()), "multiple": 1.0},
-              {"params": heads, "multiple": args.head_lr_mult}]  # fmt: skip
+    """SGD with momentum; `multiple` of a group is what its learning rate is to the base."""
+    multiples = {"backbone": 1.0, "classifier": args.head_lr_mult,
+                 "uncertainty": max(args.head_lr_mult, UNCERTAINTY_LR_MULT)}  # fmt: skip
+    groups = [{"params": list(part.parameters()), "multiple": multiples[name]}
+              for name, part in model.named_children()]  # fmt: skip
     settings = dict(momentum=0.9, weight_decay=args.weight_decay)
     return torch.optim.SGD(groups, args.lr, fused=args.device.startswith("cuda"), **settings)
 
