@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 VOID, IGNORED = 255, 254
-SYNTHETIC_SPLITS = {"train": 168, "val": 48, "ood": 48}
+SYNTHETIC_SPLITS = {"train": 240, "val": 48, "ood": 48}
 SYNTHETIC_SIZE = (96, 144)  # height, width
 PASTED = 3  # stream of the pasted objects
 
@@ -418,20 +418,20 @@ SKY, BUILDING, POLE, ROAD, PAVEMENT, TREE, SIGN, FENCE, CAR, PEDESTRIAN, BICYCLI
 TONES = {
     "wall": "b05c46 cea068 debe96 be7854 cc8e7a 807e80", "road": "4e5058 464850 585a62 7a7674",
     "slab": "bab4ac aeaaa6 c4baac 807e80", "leaf": "3e7c2c 4e8834 346c2a 608a30 3a4828",
-    "board": "8e5e32 80522c 9a6c3e 885434 5c683c", "metal": "262a2e 2e3234 202228 686a6c",
-    "coat": "2c54b0 b22228 246eaa d6d8de 42703e", "shirt": "7c4078 e4dce8 8a4c74 6a4a82 3c5aa0",
+    "board": "dcd8cc ccd4d8 e4e0d0 8e5e32", "metal": "262a2e 2e3234 202228 686a6c",
+    "coat": "2c54b0 b22228 246eaa d6d8de 42703e", "shirt": "a03c98 c85cb0 8640b0 dcb0dc 3c5aa0",
     "vest": "f6d628 fa961e ece83c b0b050", "face": "d61e28 ce2224 1c4ac4 de282c f0c428",
-    "skin": "e0b496 b07e60 785440", "jeans": "2e3860 3c3254", "glass": "283040 404c60",
+    "skin": "e0b496 b07e60 785440", "jeans": "40406c 4c3c64", "glass": "283040 404c60",
     "white": "f0f0f0", "black": "1a1a1c", "grey": "84868a", "lamp": "e82a1e", "hair": "604832",
 }  # fmt: skip
-INKS = ((225, 30, 200), (20, 215, 215), (160, 235, 50), (245, 110, 215))  # of unknown objects
+INKS = ((225, 30, 200), (110, 20, 220), (0, 150, 150), (10, 10, 20))  # of unknown objects
 MOODS = [((84, 146, 222), (206, 226, 240), (1.05, 1.0, 0.95)),  # zenith, skyline, light on things
          ((176, 182, 190), (218, 220, 222), (0.9, 0.92, 0.95)),  # overcast
          ((120, 128, 184), (250, 196, 150), (0.96, 0.82, 0.74))]  # evening  # fmt: skip
 # What faces the camera, back to front: class (None keeps what is there), material, and x, y, ... in
 # centimetres; two points are the corners of an ellipse.
-SHADOW, POST = (None, "black", -45, -7, 45, 7), (POLE, "metal", -20, 0, -20, 230, 20, 230, 20, 0)
-LAMP_POST = [SHADOW, (POLE, "metal", -20, 0, -20, 600, 20, 600, 20, 0)]
+SHADOW, POST = (None, "black", -45, -7, 45, 7), (POLE, "metal", -24, 0, -24, 230, 24, 230, 24, 0)
+LAMP_POST = [SHADOW, (POLE, "metal", -24, 0, -24, 600, 24, 600, 24, 0)]
 SIGN_POST = [SHADOW, POST, (SIGN, "face", -54, 176, 54, 284),
              (None, "white", -38, 221, -38, 241, 38, 241, 38, 221)]
 WARNING = [SHADOW, POST, (SIGN, "face", -64, 190, 0, 300, 64, 190),
@@ -495,15 +495,15 @@ def _building(s, r, x, z0, z1):
 def _garden(s, r, x, z0, z1):
     for z in (z1, z1 - r.uniform(2, 3)):  # two trees behind a fence
         at, up, leaf = x * r.uniform(1.1, 1.6), r.uniform(2.6, 3.2), _tone(r, "leaf")
-        for _ in range(12):
-            u, v, a = at + r.gauss(0, 0.5), r.gauss(0, 0.4), r.uniform(0.5, 0.8)
+        for _ in range(9):
+            u, v, a = at + r.gauss(0, 0.5), r.gauss(0, 0.4), r.uniform(0.55, 0.85)
             rgb = [c * min(1.6, 1 + 0.4 * v + r.uniform(-0.2, 0.2)) for c in leaf]
             _paint(s, TREE, rgb, [(u - a, up + v - a, z), (u + a, up + v + a, z)])
     board, height, z = _tone(r, "board"), r.uniform(1.5, 2.0), z0
     _paint(s, FENCE, [0.4 * c for c in board], [(x, 0, z0), (x, height, z1)])
     while z < z1:  # boards no finer than can be seen
-        b = z + max(0.16, 0.02 * z * z)
-        _paint(s, None, [c * r.uniform(0.95, 1.1) for c in board], [(x, 0, z), (x, height, b)])
+        b = z + max(0.18, 0.03 * z * z)
+        _paint(s, None, [c * r.uniform(0.9, 1.08) for c in board], [(x, 0, z), (x, height, b)])
         z = b + 0.5 * (b - z)
 
 
@@ -522,9 +522,9 @@ def _street(s, r):
     things = []
     for side in (-1, 1):
         for low, high, inner, outer, kinds in (
-            (3.2, 5.5, 0.6, 0.8, (MOTOR, MOTOR, RIDER, RIDER, [])),
-            (2.6, 4.4, half + 0.2, half + 0.9, (WALKER, WALKER, [])),
-            (3.0, 5.0, half + 0.2, half + 0.4, (SIGN_POST, SIGN_POST, WARNING, LAMP_POST, [])),
+            (3.0, 4.8, 0.6, 0.8, (MOTOR, MOTOR, RIDER, RIDER, [])),
+            (2.6, 3.8, half + 0.4, half + 0.9, (WALKER, [])),
+            (3.0, 4.6, half, half + 0.2, (SIGN_POST, SIGN_POST, WARNING, LAMP_POST, [], [])),
         ):
             things.append((r.uniform(low, high), side * r.uniform(inner, outer), r.choice(kinds)))
     for z, x, parts in sorted(things, key=lambda thing: -thing[0]):
@@ -559,7 +559,7 @@ def draw_scene(rng, size):
     pixels += np.float32(r.uniform(1.5, 4)) * rng.standard_normal(pixels.shape, np.float32)
     here = labels[1:, 1:]
     edge = (here != labels[:-1, 1:]) | (here != labels[1:, :-1])
-    here[edge & (_noise(rng, edge.shape, 6) > 0)] = VOID  # nobody can tell who owns some borders
+    here[edge & (_noise(rng, edge.shape, 6) > -0.6)] = VOID  # nobody can tell who owns some borders
     return pixels.clip(0, 255).astype(np.uint8), labels
 
 
@@ -570,12 +570,12 @@ def draw_unknown(rng, height):
     p, q = 2.4 * (u * np.cos(a) + v * np.sin(a)), 2.4 * (v * np.cos(a) - u * np.sin(a))
     rho, theta = np.hypot(u, v), np.arctan2(v, u)
     creature = np.full(u.shape, 9.0)  # a trunk, a neck and n legs, in signed distance
-    legs = [(x, 0, 0.2 * x, 0.9, 0.1) for x in np.linspace(-0.6, 0.6, n)]
+    legs = [(x, 0, 0.2 * x, 0.88, 0.13) for x in np.linspace(-0.6, 0.6, n)]
     for x, y, dx, dy, thick in ((-0.5, 0, 1, 0, 0.36), (0.5, 0, 0.25, -0.8, 0.18), *legs):
         t = np.clip(((u - x) * dx + (v - y) * dy) / (dx * dx + dy * dy), 0, 1)
         creature = np.minimum(creature, np.hypot(u - x - t * dx, v - y - t * dy) - thick)
     blob = rho - 0.74 - 0.14 * np.sin(2 * theta + n) - 0.1 * np.sin((n - 1) * theta - n)
-    star, torus = rho - 0.45 - 0.5 * np.abs(np.cos(n * theta / 2)), np.abs(rho - 0.66) - 0.3
+    star, torus = rho - 0.45 - 0.5 * np.abs(np.cos(n * theta / 2)), np.abs(rho - 0.64) - 0.34
     alpha = np.clip(0.5 - (blob, star, torus, creature)[rng.integers(4)] * rows / 4, 0, 1)
     checks, dots = (np.floor(p) + np.floor(q)) % 2, 4 * np.hypot(p % 1 - 0.5, q % 1 - 0.5) - 1
     zebra, spiral = 0.5 + 3 * np.sin(5 * p + np.sin(2 * q)), 0.5 + 3 * np.sin(3 * theta + 9 * rho)
@@ -593,12 +593,12 @@ def paste_unknowns(image, rng, horizon=0.45):
     (height, width), image = image.shape[:2], image.astype(np.float32)
     mask, (yy, xx) = np.zeros((height, width), np.uint8), np.mgrid[:height, :width]
     street = image[int(horizon * height) :: max(1, height // 64), :: max(1, width // 64)]
-    dark, bright = np.percentile(street.reshape(-1, 3), (3, 97), axis=0)
+    dark, bright = np.percentile(street.reshape(-1, 3), (2, 99), axis=0)
     noise = min(8.0, float(np.median(np.abs(np.diff(image[height // 3 : height // 2], axis=1)))))
     for drop in np.sort(rng.uniform(0.25, 0.85, rng.integers(1, 4)) * (1 - horizon)):  # far first
         foot = int((horizon + drop) * height)
         # an eye at 1.4 m sees m metres m / 1.4 times as high as their foot is below the horizon
-        tall = np.clip(drop * rng.uniform(0.9, 1.4), 0.2, 0.6) * height
+        tall = np.clip(drop * rng.uniform(1.2, 1.8), 0.3, 0.65) * height
         tall = max(6, int(min(tall, foot, width)))
         rgb, alpha = draw_unknown(rng, tall)
         left = int(rng.uniform(0, width - tall))

@@ -149,9 +149,12 @@ class TargetCache:
 
 def inherit(args: argparse.Namespace, checkpoint: dict) -> None:
     """What the command leaves open is as the teacher was trained."""
+    trained = checkpoint["args"]
+    if args.epochs is None:
+        args.epochs = RECIPES[trained["dataset"]]["student"] * trained["epochs"]
     for key in INHERITED:
         if getattr(args, key) is None:
-            value = checkpoint["args"].get(key)
+            value = trained.get(key)
             setattr(args, key, Path(value) if key == "data" and value else value)
 
 

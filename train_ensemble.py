@@ -17,6 +17,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -43,30 +44,31 @@ from model import (
 
 # One row a data set. lr, head_lr_mult and warmup (steps) are for pretrained weights; SCRATCH
 # replaces them without. scale: a view is resized by a factor from it. The student's alone: jitter
-# of the colours (the paper, VOC) and views, its kept teacher targets.
+# of the colours (the paper, VOC), views whose teacher targets are kept, epochs to a member's one.
 RECIPES = {
-    "synthetic": dict(backbone="resnet18", weights="none", epochs=3, batch_size=4,
-                      crop_size=(96, 144), lr=0.06, head_lr_mult=1.0, weight_decay=5e-4,
-                      warmup=20, scale=(1.0, 1.0), jitter=0.0, views=1),
+    "synthetic": dict(backbone="resnet18", weights="none", epochs=2, batch_size=4,
+                      crop_size=(96, 144), lr=0.1, head_lr_mult=1.0, weight_decay=5e-4,
+                      warmup=10, scale=(1.0, 1.0), jitter=0.0, views=1,
+                      student=2),
     "camvid": dict(backbone="resnet101", weights="imagenet", epochs=100, batch_size=8,
                    crop_size=(360, 480), lr=0.01, head_lr_mult=10.0, weight_decay=5e-4,
-                   warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5),
+                   warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5, student=1),
     "cityscapes": dict(backbone="resnet101", weights="imagenet", epochs=200, batch_size=16,
                        crop_size=(768, 768), lr=0.01, head_lr_mult=10.0, weight_decay=5e-4,
-                       warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5),
+                       warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5, student=1),
     "voc": dict(backbone="resnet101", weights="imagenet", epochs=100, batch_size=16,
                 crop_size=(512, 512), lr=0.001, head_lr_mult=10.0, weight_decay=1e-4,
-                warmup=0, scale=(0.5, 2.0), jitter=0.2, views=5),
+                warmup=0, scale=(0.5, 2.0), jitter=0.2, views=5, student=1),
     "folder": dict(backbone="resnet101", weights="imagenet", epochs=100, batch_size=8,
                    crop_size=(512, 512), lr=0.01, head_lr_mult=10.0, weight_decay=5e-4,
-                   warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5),
+                   warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5, student=1),
 }  # fmt: skip
 SCRATCH = dict(lr=0.05, head_lr_mult=1.0, warmup=50)
 UNCERTAINTY_LR_MULT = 10.0  # the paper's for all heads; this one, a sigmoid near 0, always needs it
 ROLES = {"member": 0, "student": 1}
 # what may differ between a command and the run that it continues
 FREE = {"members", "member_ids", "workers", "device", "data", "save_every", "overwrite", "out",
-        "cache"}  # fmt: skip
+        "cache", "parallel"}  # fmt: skip
 # what lies beside a checkpoint until it is finished; the targets are the student's
 UNFINISHED = (".state", ".targets.npy", ".targets.json")
 
@@ -83,7 +85,7 @@ def resolve(args: argparse.Namespace, recipe: dict) -> None:
     """Fill what is left open from the recipe and the machine, and refuse what cannot be."""
     if args.image_size and not args.crop_size:
         args.crop_size = tuple(map(min, recipe["crop_size"], args.image_size))
-    if (args.weights or recipe["weights"]) == "none":
+    if args.weights == "none" != recipe["weights"]:
         recipe = recipe | SCRATCH
     for key in vars(args).keys() & recipe.keys():
         if getattr(args, key) is None:
@@ -423,6 +425,49 @@ def loaders(args, train_set, val_set, key: list[int], views: int = 0, jitter: fl
     )
 
 
+def train_members(args: argparse.Namespace, paths: dict[int, Path], train_set, val_set) -> None:
+    for member, path in paths.items():
+        if is_finished(path, args):
+            continue
+        key = stream(args.seed, "member", member)
+        model = build(args, key, len(train_set.classes))
+        config = describe(train_set, args, args.members)
+        train_loader, val_loader = loaders(args, train_set, val_set, key)
+        fit(model, segmentation_loss, train_loader, val_loader, args, path, config)
+
+
+def train_in_processes(args: argparse.Namespace, paths: dict[int, Path], *splits) -> None:
+    """`train_members` in `--parallel` processes with an equal share of the threads each: the small
+    convolutions of one member do not keep several cores busy. Signals are passed on."""
+    context = torch.multiprocessing.get_context("spawn")
+    shares = [dict(list(paths.items())[k :: args.parallel]) for k in range(args.parallel)]
+    children = [context.Process(target=child, args=(args, share, *splits)) for share in shares]
+
+    def pass_on(number: int, frame) -> None:
+        for process in children:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    for process in children:
+        process.start()
+    before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    for process in children:
+        process.join()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if failed := [process.exitcode for process in children if process.exitcode]:
+        raise SystemExit(failed[0] if failed[0] > 0 else 128 - failed[0])
+
+
+def child(args: argparse.Namespace, paths: dict[int, Path], *splits) -> None:
+    """A process of `train_in_processes`. It hears signals from its parent alone, and ends with it."""
+    os.setsid()
+    parent = torch.multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(max(1, torch.get_num_threads() // args.parallel))
+    sys.exit(run(lambda _: train_members(args, paths, *splits), Parser(), []))
+
+
 def main(args: argparse.Namespace) -> None:
     # ---------------------------------------------------------------- what will be done
     if args.members < 1:
@@ -432,6 +477,11 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError(f"--member-ids {wrong[0]}: the {args.members} members of this run are "
                          f"0..{args.members - 1}")  # fmt: skip
     resolve(args, RECIPES[args.dataset])
+    if args.parallel is None:  # by the command alone: a restart has the same threads, so same bits
+        several = args.members > 1 and torch.get_num_threads() > 1
+        args.parallel = 2 if several and args.device == "cpu" else 1
+    if args.parallel < 1:
+        raise UsageError(f"--parallel {args.parallel}: has to be at least 1")
     train_set, val_set = open_splits(args)
     args.out.mkdir(parents=True, exist_ok=True)
     paths = {member: args.out / f"member_{member:02d}.pt" for member in ids}
@@ -440,14 +490,8 @@ def main(args: argparse.Namespace) -> None:
             remove(path, (".pt", ".jsonl", *UNFINISHED))
 
     # ---------------------------------------------------------------- members
-    for member, path in paths.items():
-        if is_finished(path, args):
-            continue
-        key = stream(args.seed, "member", member)
-        model = build(args, key, len(train_set.classes))
-        config = describe(train_set, args, args.members)
-        train_loader, val_loader = loaders(args, train_set, val_set, key)
-        fit(model, segmentation_loss, train_loader, val_loader, args, path, config)
+    side_by_side = train_in_processes if args.parallel > 1 else train_members
+    side_by_side(args, paths, train_set, val_set)
     print(f"{len(paths)} members in {args.out}; next: python distill.py --teacher {args.out}")
 
 
@@ -504,6 +548,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--hold-out", nargs="+", default=[], metavar="CLASS",
          help="classes to take out of the network; evaluate.py --ood held-out scores their pixels")
     flag("--out", type=Path, default=Path("ckpts"), metavar="DIR", help="folder of the checkpoints")
+    flag("--parallel", type=int, metavar="N", help="members trained at once, in processes that "
+         "share the threads (default: 2 on a CPU, 1 on a GPU)")
     add_training_flags(parser)
     return parser
 

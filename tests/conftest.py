@@ -58,7 +58,8 @@ def command(capsys):
 def small(folder, *more):
     """Flags for a training of seconds."""
     return ("--dataset", "folder", "--data", folder, "--backbone", "resnet18", "--weights", "none",
-            "--crop-size", 32, 32, "--batch-size", 2, "--epochs", 2, "--device", "cpu", *more)  # fmt: skip
+            "--crop-size", 32, 32, "--batch-size", 2, "--epochs", 2, "--device", "cpu",
+            "--parallel", 1, *more)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
