@@ -460,7 +460,7 @@ def train_in_processes(args: argparse.Namespace, paths: dict[int, Path], *splits
 
 
 def child(args: argparse.Namespace, paths: dict[int, Path], *splits) -> None:
-    """A process of `train_in_processes`. It hears signals from its parent alone, and ends with it."""
+    """A process of `train_in_processes`. It hears signals from its parent and ends with it."""
     os.setsid()
     parent = torch.multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

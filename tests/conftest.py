@@ -10,7 +10,7 @@ import train_ensemble
 
 
 def scene(rng, size=(40, 56), classes=4):
-    """A picture whose colours tell the class: blocks of 8 x 8 pixels. Returns uint8 image, labels."""
+    """A picture whose colours tell the class, in blocks of 8 x 8 pixels: uint8 image, labels."""
     blocks = rng.integers(classes, size=(-(-size[0] // 8), -(-size[1] // 8)))
     labels = np.kron(blocks, np.ones((8, 8), int))[: size[0], : size[1]].astype(np.uint8)
     image = 40 + 50 * labels[..., None] + np.array([0, 20, 40]) + rng.integers(-10, 10, (*size, 3))
@@ -47,7 +47,8 @@ def command(capsys):
     def call(name, *flags):
         module = COMMANDS[name]
         try:
-            code = evaluate.run(module.main, module.get_args_parser(), [str(flag) for flag in flags])
+            words = [str(flag) for flag in flags]
+            code = evaluate.run(module.main, module.get_args_parser(), words)
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
@@ -71,5 +72,7 @@ def trained(tmp_path_factory):
         (train_ensemble, [*small(data), "--members", 2, "--out", root / "ckpts"]),
         (distill, ["--teacher", root / "ckpts", "--device", "cpu"]),
     ):
-        assert evaluate.run(module.main, module.get_args_parser(), [str(flag) for flag in flags]) == 0
+        assert (
+            evaluate.run(module.main, module.get_args_parser(), [str(flag) for flag in flags]) == 0
+        )
     return data, root / "ckpts"

@@ -29,7 +29,11 @@ def test_camvid(tmp_path):
         save(tmp_path / split / f"0001TP_006690.{suffix}", image)
         save(tmp_path / f"{split}annot" / "0001TP_006690.png", labels)
     dataset = open_dataset("camvid", tmp_path, "train")
-    assert dataset.classes[0] == "sky" and dataset.classes[-1] == "bicyclist" and len(dataset.classes) == 11
+    assert (
+        dataset.classes[0] == "sky"
+        and dataset.classes[-1] == "bicyclist"
+        and len(dataset.classes) == 11
+    )
     sample = dataset[0]
     assert sample.image.shape == (3, 360, 480) and sample.image.dtype == torch.uint8
     np.testing.assert_array_equal(sample.labels, np.where(labels == 11, VOID, labels))
@@ -48,10 +52,25 @@ def test_cityscapes_at_its_size_and_mapping(tmp_path):
     dataset = open_dataset("cityscapes", tmp_path, "val", image_size=(512, 1024))
     sample = dataset[0]
     assert sample.image.shape == (3, 512, 1024) and sample.labels.shape == (1024, 2048)
-    # the publisher's table: 7 road, 8 sidewalk, 11 building, 24 person, 26 car, 33 bicycle; 29, 30 are void
-    for number, train_id in {7: 0, 8: 1, 11: 2, 24: 11, 26: 13, 33: 18, 0: VOID, 29: VOID, 30: VOID, 6: VOID}.items():
+    # the publisher's table: 7 road, 8 sidewalk, 11 building, 24 person, 26 car, 33 bicycle
+    for number, train_id in {
+        7: 0,
+        8: 1,
+        11: 2,
+        24: 11,
+        26: 13,
+        33: 18,
+        0: VOID,
+        29: VOID,
+        30: VOID,
+        6: VOID,
+    }.items():
         assert (sample.labels.numpy()[ids == number] == train_id).all()
-    assert dataset.classes[0] == "road" and dataset.classes[18] == "bicycle" and len(dataset.classes) == 19
+    assert (
+        dataset.classes[0] == "road"
+        and dataset.classes[18] == "bicycle"
+        and len(dataset.classes) == 19
+    )
 
 
 @pytest.mark.parametrize("prefix", ["", "VOC2012", "VOCdevkit/VOC2012"])
@@ -67,12 +86,18 @@ def test_voc_palette_masks(tmp_path, prefix):
     lists = root / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
     (lists / "train.txt").write_text("2007_000032\n")
-    (lists / "trainaug.txt").write_text("/JPEGImages/2007_000039.jpg /SegmentationClassAug/2007_000039.png\n")
+    (lists / "trainaug.txt").write_text(
+        "/JPEGImages/2007_000039.jpg /SegmentationClassAug/2007_000039.png\n"
+    )
     assert Image.open(root / "SegmentationClass" / "2007_000032.png").mode == "P"
     for split in ("train", "trainaug"):
         dataset = open_dataset("voc", tmp_path, split)
         np.testing.assert_array_equal(dataset[0].labels, labels)
-    assert dataset.palette[:3] == [(0, 0, 0), (128, 0, 0), (0, 128, 0)] and dataset.palette[15] == (192, 128, 128)
+    assert dataset.palette[:3] == [(0, 0, 0), (128, 0, 0), (0, 128, 0)] and dataset.palette[15] == (
+        192,
+        128,
+        128,
+    )
 
 
 def test_folder_with_subfolders_and_16_bit_masks(tmp_path):
@@ -120,8 +145,14 @@ def test_every_bad_file_is_named(tmp_path):
     broken(lambda r: save(r / mask, labels[:20]), ["is 56x20", "1.png", "56x40"])
     broken(lambda r: save(r / mask, np.full_like(labels, 9)), ["holds 9", "1.png"])
     broken(lambda r: save(r / mask, image), ["mode RGB", "1.png"])
-    broken(lambda r: (r / mask).write_bytes((r / mask).read_bytes()[:60]), ["cannot read the mask", "1.png"])
-    broken(lambda r: (r / "images/train/0.png").write_bytes(b"no image"), ["cannot read the image", "0.png"])
+    broken(
+        lambda r: (r / mask).write_bytes((r / mask).read_bytes()[:60]),
+        ["cannot read the mask", "1.png"],
+    )
+    broken(
+        lambda r: (r / "images/train/0.png").write_bytes(b"no image"),
+        ["cannot read the image", "0.png"],
+    )
     broken(lambda r: (r / "classes.txt").unlink(), ["classes.txt", "a name a line"])
     broken(lambda r: (r / "classes.txt").write_text("one\n"), ["names 1 classes", "classes.txt"])
     broken(lambda r: [p.unlink() for p in (r / "images/train").iterdir()], ["no images"])
@@ -140,7 +171,10 @@ def test_a_wrong_folder_shows_the_layout(tmp_path, name):
 def test_hold_out(folder):
     whole = open_dataset("folder", folder, "train")
     dataset = open_dataset("folder", folder, "train", hold_out=["class 1"])
-    assert dataset.classes == ["class 0", "class 2", "class 3"] and dataset.palette[1] == whole.palette[2]
+    assert (
+        dataset.classes == ["class 0", "class 2", "class 3"]
+        and dataset.palette[1] == whole.palette[2]
+    )
     before, after = whole[0].labels, dataset[0].labels
     for old, new in {0: 0, 1: IGNORED, 2: 1, 3: 2, VOID: VOID}.items():
         assert (after[before == old] == new).all()
@@ -161,7 +195,9 @@ def test_views_are_a_function_of_stream_epoch_and_index(folder):
     dataset = open_dataset("folder", folder, "train")
     one, same, other = views(dataset), views(dataset), views(dataset, stream=(4, 5, 6))
     for key in ((0, 0), (3, 1)):
-        assert torch.equal(one[key].images, same[key].images) and torch.equal(one[key].labels, same[key].labels)
+        assert torch.equal(one[key].images, same[key].images) and torch.equal(
+            one[key].labels, same[key].labels
+        )
         assert not torch.equal(one[key].images, other[key].images)
     assert not torch.equal(one[0, 0].images, one[1, 0].images)
 
@@ -234,7 +270,9 @@ def test_scales_are_half_below_and_half_above_one():
 def test_colour_jitter_changes_colours_alone(folder):
     dataset = open_dataset("folder", folder, "train")
     plain, jittered = views(dataset)[0, 0], views(dataset, jitter=0.2)[0, 0]
-    assert torch.equal(plain.labels, jittered.labels) and not torch.equal(plain.images, jittered.images)
+    assert torch.equal(plain.labels, jittered.labels) and not torch.equal(
+        plain.images, jittered.images
+    )
 
 
 # ------------------------------------------------------------------------------ loaders
@@ -266,7 +304,9 @@ def test_loaders_leave_the_global_generator_alone(folder):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("length, size, expected", [(5, 2, [2, 2]), (6, 4, [4, 2]), (3, 8, [3]), (2, 2, [2])])
+@pytest.mark.parametrize(
+    "length, size, expected", [(5, 2, [2, 2]), (6, 4, [4, 2]), (3, 8, [3]), (2, 2, [2])]
+)
 def test_batches(length, size, expected):
     sampler = EpochBatches(length, size, [1])
     drawn = list(sampler)
@@ -287,7 +327,9 @@ def test_evaluation_batches_hold_equal_sizes(tmp_path):
     image, labels = scene(np.random.default_rng(1), (24, 32))
     save(tmp_path / "images/val/1b.png", image)
     save(tmp_path / "labels/val/1b.png", labels)
-    loader = data.evaluation_loader(open_dataset("folder", tmp_path, "val"), 8, 0, torch.device("cpu"))
+    loader = data.evaluation_loader(
+        open_dataset("folder", tmp_path, "val"), 8, 0, torch.device("cpu")
+    )
     runs = [run for batch in loader for run in batch]
     assert [tuple(run.labels.shape) for run in runs] == [(2, 40, 56), (1, 24, 32)]
     assert [i for run in runs for i in run.index.tolist()] == [0, 1, 2]
@@ -313,7 +355,11 @@ def test_scenes_show_every_class():
 @pytest.mark.parametrize("size", [(32, 48), (97, 65), (180, 240)])
 def test_scenes_of_any_size(size):
     image, labels = data.draw_scene(np.random.default_rng(0), size)
-    assert image.shape == (*size, 3) and labels.shape == size and image.dtype == labels.dtype == np.uint8
+    assert (
+        image.shape == (*size, 3)
+        and labels.shape == size
+        and image.dtype == labels.dtype == np.uint8
+    )
 
 
 def test_ood_scenes_have_masks():

@@ -14,8 +14,9 @@ from model import load_ensemble, load_model
 
 def test_metrics_json_equals_brute_force(trained, command, tmp_path):
     data, ckpts = trained
-    flags = ["--student", ckpts / "student.pt", "--teacher", ckpts, "--device", "cpu", "--ood", "pasted",
-             "--out", tmp_path / "r", "--save-scores", tmp_path / "s", "--batch-size", 2, "--benchmark"]  # fmt: skip
+    flags = ["--student", ckpts / "student.pt", "--teacher", ckpts, "--device", "cpu"]
+    flags += ["--ood", "pasted", "--out", tmp_path / "r", "--save-scores", tmp_path / "s"]
+    flags += ["--batch-size", 2, "--benchmark"]
     code, out, _ = command("evaluate", *flags)
     assert code == 0 and "mIoU" in out
     results = json.loads((tmp_path / "r" / "metrics.json").read_text())
@@ -34,8 +35,12 @@ def test_metrics_json_equals_brute_force(trained, command, tmp_path):
     pairs = scores[wrong][:, None] - scores[~wrong][None]
     auroc = (pairs > 0).mean() + 0.5 * (pairs == 0).mean()
     assert results["uncertainty"]["student/dudes"]["auroc"] == pytest.approx(auroc, abs=1e-3)
-    assert results["segmentation"]["student"]["pixel_accuracy"] == pytest.approx(1 - wrong.mean(), abs=1e-3)
-    nll = -np.log(np.take_along_axis(probs, np.where(valid, labels, 0)[:, None].astype(int), 1)[:, 0][valid])
+    assert results["segmentation"]["student"]["pixel_accuracy"] == pytest.approx(
+        1 - wrong.mean(), abs=1e-3
+    )
+    nll = -np.log(
+        np.take_along_axis(probs, np.where(valid, labels, 0)[:, None].astype(int), 1)[:, 0][valid]
+    )
     assert results["segmentation"]["student"]["nll"] == pytest.approx(nll.mean(), rel=1e-3)
     pearson = np.corrcoef(mine[valid], theirs[valid])[0, 1]
     assert results["fidelity"]["pearson"] == pytest.approx(pearson, abs=1e-3)
@@ -54,7 +59,9 @@ def test_metrics_json_equals_brute_force(trained, command, tmp_path):
     assert [row["name"] for row in results["classes"]] == dataset.classes
     assert set(results["timing"]) == set(models)
     for model in models:
-        assert {"miou", "pixel_accuracy", "nll", "brier", "ece"} <= set(results["segmentation"][model])
+        assert {"miou", "pixel_accuracy", "nll", "brier", "ece"} <= set(
+            results["segmentation"][model]
+        )
 
     # the saved maps, the panels, the report
     saved = np.load(tmp_path / "s" / "val" / "student-dudes" / "0.npy")
@@ -70,10 +77,21 @@ def test_metrics_json_equals_brute_force(trained, command, tmp_path):
 def test_batch_size_changes_no_count(trained, command, tmp_path):
     _, ckpts = trained
     for size in (1, 3):
-        flags = ["--student", ckpts / "student.pt", "--teacher", ckpts, "--device", "cpu", "--out", tmp_path / str(size)]
+        flags = [
+            "--student",
+            ckpts / "student.pt",
+            "--teacher",
+            ckpts,
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path / str(size),
+        ]
         assert command("evaluate", *flags, "--batch-size", size)[0] == 0
     one, three = (json.loads((tmp_path / s / "metrics.json").read_text()) for s in "13")
-    assert one["segmentation"]["student"]["miou"] == pytest.approx(three["segmentation"]["student"]["miou"], abs=2e-3)
+    assert one["segmentation"]["student"]["miou"] == pytest.approx(
+        three["segmentation"]["student"]["miou"], abs=2e-3
+    )
     assert one["uncertainty"]["teacher/std"]["n"] == three["uncertainty"]["teacher/std"]["n"]
 
 
@@ -94,7 +112,15 @@ def test_nothing_to_evaluate(command, tmp_path, monkeypatch):
 
 def test_other_classes_are_refused(trained, command, tmp_path):
     _, ckpts = trained
-    code, _, err = command("evaluate", "--student", ckpts / "student.pt", "--dataset", "synthetic", "--out", tmp_path / "r")
+    code, _, err = command(
+        "evaluate",
+        "--student",
+        ckpts / "student.pt",
+        "--dataset",
+        "synthetic",
+        "--out",
+        tmp_path / "r",
+    )
     assert code == 2 and "know the classes" in err
 
 
@@ -102,11 +128,33 @@ def test_held_out_classes_are_anomalies(folder, command, tmp_path):
     from conftest import small
 
     ckpts = tmp_path / "ckpts"
-    assert command("train", *small(folder, "--epochs", 1), "--members", 2, "--out", ckpts, "--hold-out", "class 1")[0] == 0
+    assert (
+        command(
+            "train",
+            *small(folder, "--epochs", 1),
+            "--members",
+            2,
+            "--out",
+            ckpts,
+            "--hold-out",
+            "class 1",
+        )[0]
+        == 0
+    )
     assert command("distill", "--teacher", ckpts, "--device", "cpu")[0] == 0
     student = load_model(ckpts / "student.pt")
     assert student.classifier[-1].out_channels == 3
-    flags = ["--student", ckpts / "student.pt", "--teacher", ckpts, "--device", "cpu", "--ood", "--out", tmp_path / "r"]
+    flags = [
+        "--student",
+        ckpts / "student.pt",
+        "--teacher",
+        ckpts,
+        "--device",
+        "cpu",
+        "--ood",
+        "--out",
+        tmp_path / "r",
+    ]
     assert command("evaluate", *flags)[0] == 0
     results = json.loads((tmp_path / "r" / "metrics.json").read_text())
     whole = open_dataset("folder", folder, "val")
@@ -124,7 +172,17 @@ def test_predict(trained, command, tmp_path):
     Image.fromarray(rng.integers(256, size=(30, 50, 3)).astype(np.uint8)).save(photos / "a.jpg")
     Image.fromarray(rng.integers(256, size=(1, 1)).astype(np.uint8)).save(photos / "b.png")
     (photos / "c.txt").write_text("no image")
-    code, text, _ = command("evaluate", "--student", ckpts / "student.pt", "--predict", photos, "--out", out, "--device", "cpu")
+    code, text, _ = command(
+        "evaluate",
+        "--student",
+        ckpts / "student.pt",
+        "--predict",
+        photos,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+    )
     assert code == 0 and "1 skipped" in text and "c.txt" in text
     classes = Image.open(out / "a_classes.png")
     assert classes.mode == "P" and classes.size == (50, 30) and np.asarray(classes).max() < 4

@@ -24,7 +24,9 @@ from model import (
 )
 
 
-@pytest.mark.parametrize("backbone, stride", [("resnet18", 16), ("mobilenet_v3_large", 16), ("resnet50", 8)])
+@pytest.mark.parametrize(
+    "backbone, stride", [("resnet18", 16), ("mobilenet_v3_large", 16), ("resnet50", 8)]
+)
 def test_shapes_and_output_stride(backbone, stride):
     network = DeepLabV3(backbone, 5, ("std", "entropy")).eval()
     images = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
@@ -33,12 +35,16 @@ def test_shapes_and_output_stride(backbone, stride):
     assert logits.shape == (1, 5, 64, 96) and uncertainty.shape == (1, 2, 64, 96)
     assert logits.dtype == uncertainty.dtype == torch.float32
     assert 0 < uncertainty.min() and uncertainty.max() < 1
-    torch.testing.assert_close(network(images / 255).logits, logits)  # float in [0, 1] is the same picture
+    torch.testing.assert_close(
+        network(images / 255).logits, logits
+    )  # float in [0, 1] is the same picture
     assert network(images, (20, 31)).logits.shape == (1, 5, 20, 31)
 
 
 def test_equals_torchvisions_deeplab():
-    theirs = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=4).eval()
+    theirs = torchvision.models.segmentation.deeplabv3_resnet50(
+        weights=None, weights_backbone=None, num_classes=4
+    ).eval()
     ours = DeepLabV3("resnet50", 4).eval()
     ours.load_state_dict(theirs.state_dict())
     images = torch.rand(1, 3, 65, 97)
@@ -63,7 +69,10 @@ def test_dilated_resnet18_is_the_strided_one_seen_finer():
 
 @pytest.mark.parametrize("size", [(4, 5), (12, 30), (13, 12), (40, 40)])
 def test_atrous_convolution_without_its_padding_taps(size):
-    ours, theirs = AtrousConv2d(3, 4, 3, padding=12, dilation=12), torch.nn.Conv2d(3, 4, 3, padding=12, dilation=12)
+    ours, theirs = (
+        AtrousConv2d(3, 4, 3, padding=12, dilation=12),
+        torch.nn.Conv2d(3, 4, 3, padding=12, dilation=12),
+    )
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 3, *size, dtype=torch.float64)
     torch.testing.assert_close(ours.double()(x), theirs.double()(x), rtol=1e-10, atol=1e-12)
@@ -106,7 +115,9 @@ def test_small_std_survives_saturation():
 def test_ensemble_streams_and_stays_frozen():
     members = [DeepLabV3("resnet18", 3) for _ in range(3)]
     ensemble = Ensemble(members).train()
-    assert not any(m.training for m in ensemble.modules()) and not any(p.requires_grad for p in ensemble.parameters())
+    assert not any(m.training for m in ensemble.modules()) and not any(
+        p.requires_grad for p in ensemble.parameters()
+    )
     images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
     with torch.inference_mode():
         expected = torch.stack([member(images).logits.softmax(1) for member in members]).mean(0)
@@ -135,21 +146,33 @@ def test_impossible_ensembles_are_refused():
 
 
 def config(members=2, classes=3, **other):
-    return {"backbone": "resnet18", "classes": [f"c{i}" for i in range(classes)], "palette": [[0, 0, 0]] * classes,
-            "dataset": "folder", "hold_out": [], "image_size": None, "measures": [], "members": members} | other  # fmt: skip
+    names = {"classes": [f"c{i}" for i in range(classes)], "palette": [[0, 0, 0]] * classes}
+    rest = {"dataset": "folder", "hold_out": [], "image_size": None, "measures": []}
+    return {"backbone": "resnet18", "members": members} | names | rest | other
 
 
 def save_member(path, **changes):
     entries = config(**changes)
     network = DeepLabV3("resnet18", len(entries["classes"]))
-    save_atomically(path, {"model": network.state_dict(), "config": entries, "args": {}, "metrics": {}, "versions": {}})
+    save_atomically(
+        path,
+        {
+            "model": network.state_dict(),
+            "config": entries,
+            "args": {},
+            "metrics": {},
+            "versions": {},
+        },
+    )
     return network
 
 
 def test_checkpoint_round_trip(tmp_path):
     network = save_member(tmp_path / "a.pt")
     images = torch.rand(1, 3, 32, 32)
-    torch.testing.assert_close(load_model(tmp_path / "a.pt")(images).logits, network.eval()(images).logits)
+    torch.testing.assert_close(
+        load_model(tmp_path / "a.pt")(images).logits, network.eval()(images).logits
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
@@ -175,7 +198,9 @@ class Malicious:
 
 
 def test_a_checkpoint_that_holds_code_is_not_run(tmp_path):
-    torch.save({"model": Malicious(tmp_path / "ran"), "config": {}, "args": {}}, tmp_path / "evil.pt")
+    torch.save(
+        {"model": Malicious(tmp_path / "ran"), "config": {}, "args": {}}, tmp_path / "evil.pt"
+    )
     (tmp_path / "evil2.pt").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
     for name in ("evil.pt", "evil2.pt"):
         with pytest.raises(ModelError, match="not a readable checkpoint"):
@@ -189,8 +214,13 @@ def test_broken_files_are_named(tmp_path):
     (tmp_path / "cut.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:5000])
     torch.save([1], tmp_path / "list.pt")
     torch.save({"x": 1}, tmp_path / "other.pt")
-    for name, words in (("none", "no such checkpoint"), ("empty", "empty"), ("cut", "not a readable"),
-                        ("list", "holds a list"), ("other", "no checkpoint of this project")):  # fmt: skip
+    for name, words in (
+        ("none", "no such checkpoint"),
+        ("empty", "empty"),
+        ("cut", "not a readable"),
+        ("list", "holds a list"),
+        ("other", "no checkpoint of this project"),
+    ):
         with pytest.raises(ModelError, match=words):
             read_checkpoint(tmp_path / f"{name}.pt")
 
@@ -248,4 +278,6 @@ def test_normalisation_is_imagenets():
     seen = {}
     network.backbone.register_forward_pre_hook(lambda _, x: seen.update(x=x[0]))
     network.eval()(F.interpolate(white.float(), (32, 32)).to(torch.uint8))
-    assert seen["x"][0, :, 0, 0].tolist() == pytest.approx([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
+    assert seen["x"][0, :, 0, 0].tolist() == pytest.approx(
+        [(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+    )

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -165,6 +166,23 @@ def test_members_differ_and_finished_ones_are_kept(folder, command, tmp_path):
     assert not torch.equal(weights(first), weights(second))
     code, _, err = command("train", *flags, "--members", 2, "--lr", 0.5)
     assert code == 2 and "lr = 0.05, this command says 0.5" in err and err.count("\n") == 1
+
+
+def test_members_side_by_side_are_the_same_and_bad_input_comes_through(folder, tmp_path):
+    def call(name, *more):
+        flags = [*small(folder, "--epochs", 1), "--members", 2, "--out", tmp_path / name, *more]
+        script = [sys.executable, ROOT / "train_ensemble.py", *map(str, flags)]
+        return subprocess.run(
+            script, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+
+    assert call("one", "--parallel", 1).returncode == call("two", "--parallel", 2).returncode == 0
+    for member in ("member_00.pt", "member_01.pt"):
+        assert torch.equal(weights(tmp_path / "one" / member), weights(tmp_path / "two" / member))
+    (folder / "images/train/0.png").write_bytes(b"no image")
+    bad = call("three", "--parallel", 2)
+    assert bad.returncode == 2 and "Traceback" not in bad.stderr
+    assert set(bad.stderr.split("\n")) - {""} == {bad.stderr.split("\n")[0]}  # both say the same
 
 
 def test_accumulated_batches_make_one_step():
