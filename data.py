@@ -10,6 +10,7 @@ a restart changes a batch.
 
 import math
 import random
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -240,6 +241,8 @@ class SyntheticScenes(SegmentationDataset):
         self.names = [f"{split}_{index:04d}" for index in range(SYNTHETIC_SPLITS[split])]
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # what ends a loop over the data set
         if index not in self.drawn:
             rng = np.random.default_rng([list(SYNTHETIC_SPLITS).index(self.split), index])
             draw = draw_ood_scene if self.split == "ood" else draw_scene
@@ -387,10 +390,17 @@ class EpochBatches(Sampler):
             yield [(self.epoch, int(index)) for index in batch]
 
 
+def leave_signals_to_parent(_: int) -> None:
+    """A worker that dies of Ctrl-C breaks the loop that its parent is about to end in order."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def worker_settings(workers: int, device: torch.device) -> dict:
     # a generator of its own: the default one would draw from the stream that dropout uses
     own, pin = torch.Generator(), device.type == "cuda"
-    return dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=pin, generator=own)
+    return dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=pin, generator=own,
+                worker_init_fn=leave_signals_to_parent)  # fmt: skip
 
 
 def training_loader(views: TrainingViews, batch_size: int, workers: int, device) -> DataLoader:
@@ -419,12 +429,12 @@ TONES = {
     "wall": "b05c46 cea068 debe96 be7854 cc8e7a 807e80", "road": "4e5058 464850 585a62 7a7674",
     "slab": "bab4ac aeaaa6 c4baac 807e80", "leaf": "3e7c2c 4e8834 346c2a 608a30 3a4828",
     "board": "dcd8cc ccd4d8 e4e0d0 8e5e32", "metal": "262a2e 2e3234 202228 686a6c",
-    "coat": "2c54b0 b22228 246eaa d6d8de 42703e", "shirt": "a03c98 c85cb0 8640b0 dcb0dc 3c5aa0",
+    "coat": "2c54b0 b22228 246eaa d6d8de 42703e", "shirt": "1c9c8c 2cb49c 108474 a8e0d0 3c5aa0",
     "vest": "f6d628 fa961e ece83c b0b050", "face": "d61e28 ce2224 1c4ac4 de282c f0c428",
-    "skin": "e0b496 b07e60 785440", "jeans": "40406c 4c3c64", "glass": "283040 404c60",
+    "skin": "e0b496 b07e60 785440", "jeans": "3c4468 344c60", "glass": "283040 404c60",
     "white": "f0f0f0", "black": "1a1a1c", "grey": "84868a", "lamp": "e82a1e", "hair": "604832",
 }  # fmt: skip
-INKS = ((225, 30, 200), (110, 20, 220), (0, 150, 150), (10, 10, 20))  # of unknown objects
+INKS = ((225, 30, 200), (110, 20, 220), (165, 245, 40), (10, 10, 20))  # of unknown objects
 MOODS = [((84, 146, 222), (206, 226, 240), (1.05, 1.0, 0.95)),  # zenith, skyline, light on things
          ((176, 182, 190), (218, 220, 222), (0.9, 0.92, 0.95)),  # overcast
          ((120, 128, 184), (250, 196, 150), (0.96, 0.82, 0.74))]  # evening  # fmt: skip
@@ -502,7 +512,7 @@ def _garden(s, r, x, z0, z1):
     board, height, z = _tone(r, "board"), r.uniform(1.5, 2.0), z0
     _paint(s, FENCE, [0.4 * c for c in board], [(x, 0, z0), (x, height, z1)])
     while z < z1:  # boards no finer than can be seen
-        b = z + max(0.18, 0.03 * z * z)
+        b = z + max(0.18, 0.022 * z * z)
         _paint(s, None, [c * r.uniform(0.9, 1.08) for c in board], [(x, 0, z), (x, height, b)])
         z = b + 0.5 * (b - z)
 
@@ -594,7 +604,7 @@ def paste_unknowns(image, rng, horizon=0.45):
     mask, (yy, xx) = np.zeros((height, width), np.uint8), np.mgrid[:height, :width]
     street = image[int(horizon * height) :: max(1, height // 64), :: max(1, width // 64)]
     dark, bright = np.percentile(street.reshape(-1, 3), (2, 99), axis=0)
-    noise = min(8.0, float(np.median(np.abs(np.diff(image[height // 3 : height // 2], axis=1)))))
+    noise = min(4.0, float(np.median(np.abs(np.diff(image[height // 3 : height // 2], axis=1)))))
     for drop in np.sort(rng.uniform(0.25, 0.85, rng.integers(1, 4)) * (1 - horizon)):  # far first
         foot = int((horizon + drop) * height)
         # an eye at 1.4 m sees m metres m / 1.4 times as high as their foot is below the horizon
