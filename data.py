@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 VOID, IGNORED = 255, 254
-SYNTHETIC_SPLITS = {"train": 240, "val": 48, "ood": 48}
+SYNTHETIC_SPLITS = {"train": 216, "val": 48, "ood": 48}
 SYNTHETIC_SIZE = (96, 144)  # height, width
 PASTED = 3  # stream of the pasted objects
 

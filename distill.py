@@ -151,7 +151,7 @@ def inherit(args: argparse.Namespace, checkpoint: dict) -> None:
     """What the command leaves open is as the teacher was trained."""
     trained = checkpoint["args"]
     if args.epochs is None:
-        args.epochs = RECIPES[trained["dataset"]]["student"] * trained["epochs"]
+        args.epochs = int(RECIPES[trained["dataset"]]["student"] * trained["epochs"])
     for key in INHERITED:
         if getattr(args, key) is None:
             value = trained.get(key)

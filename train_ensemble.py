@@ -49,7 +49,7 @@ RECIPES = {
     "synthetic": dict(backbone="resnet18", weights="none", epochs=2, batch_size=4,
                       crop_size=(96, 144), lr=0.1, head_lr_mult=1.0, weight_decay=5e-4,
                       warmup=10, scale=(1.0, 1.0), jitter=0.0, views=1,
-                      student=2),
+                      student=2.5),
     "camvid": dict(backbone="resnet101", weights="imagenet", epochs=100, batch_size=8,
                    crop_size=(360, 480), lr=0.01, head_lr_mult=10.0, weight_decay=5e-4,
                    warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5, student=1),
