@@ -223,8 +223,8 @@ class Ensemble(nn.Module):
         super().__init__()
         if not (len(members) == 1 and mc_samples >= 2 if mc_samples else len(members) >= 2):
             raise ModelError(
-                f"--mc-samples {mc_samples} with {len(members)} checkpoints: the uncertainty needs "
-                "at least 2 members, or a single one and at least 2 samples"
+                f"--mc-samples {mc_samples} with {len(members)} checkpoints: train at least 2 "
+                "members, or name a single checkpoint and sample it at least 2 times"
             )
         self.members = nn.ModuleList(members).requires_grad_(False)
         self.mc_samples = mc_samples
