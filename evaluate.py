@@ -84,6 +84,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def choose_amp(amp: str, device: torch.device) -> str:
+    """What "auto" stands for: bf16 on a GPU that has it, else "off"."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return amp if amp != "auto" else "bf16" if bf16 else "off"
+
+
 def autocast(device: torch.device, amp: str):
     """The arithmetic of the networks: bf16, fp16 or, with "off", float32."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
@@ -807,8 +813,7 @@ def resolve(args: argparse.Namespace, checkpoint: dict) -> None:
     args.dataset = args.dataset or trained["dataset"]
     args.image_size = args.image_size or config["image_size"]
     args.classes, args.palette = config["classes"], [tuple(colour) for colour in config["palette"]]
-    if args.amp == "auto":
-        args.amp = "bf16" if cuda and torch.cuda.is_bf16_supported() else "off"
+    args.amp = choose_amp(args.amp, torch.device(args.device))
     if args.workers is None:
         args.workers = 4 if cuda else 0
     for flag, value, least in (("--batch-size", args.batch_size, 1), ("--workers", args.workers, 0),

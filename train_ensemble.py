@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 import data
 from data import IGNORED, VOID, Sample
-from evaluate import Parser, UsageError, autocast, choose_device, run, validate
+from evaluate import Parser, UsageError, autocast, choose_amp, choose_device, run, validate
 from model import (
     BACKBONES,
     DeepLabV3,
@@ -68,7 +68,7 @@ UNCERTAINTY_LR_MULT = 10.0  # the paper's for all heads; this one, a sigmoid nea
 ROLES = {"member": 0, "student": 1}
 # what may differ between a command and the run that it continues
 FREE = {"members", "member_ids", "workers", "device", "data", "save_every", "overwrite", "out",
-        "cache", "parallel"}  # fmt: skip
+        "parallel"}  # fmt: skip
 # what lies beside a checkpoint until it is finished; the targets are the student's
 UNFINISHED = (".state", ".targets.npy", ".targets.json")
 
@@ -93,8 +93,7 @@ def resolve(args: argparse.Namespace, recipe: dict) -> None:
     device = choose_device(args.device)
     cuda = device.type == "cuda"
     args.device = str(device)
-    if args.amp == "auto":
-        args.amp = "bf16" if cuda and torch.cuda.is_bf16_supported() else "off"
+    args.amp = choose_amp(args.amp, device)
     if args.compile is None:
         args.compile = cuda
     if args.workers is None:  # on a CPU the training itself needs every core
@@ -339,12 +338,19 @@ def noted_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         caught.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with signals_to(note):
         yield caught
+
+
+@contextlib.contextmanager
+def signals_to(handler) -> Iterator[None]:
+    """SIGINT and SIGTERM call `handler(number, frame)` for the time being."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 class Progress:
@@ -441,7 +447,7 @@ def train_in_processes(args: argparse.Namespace, paths: dict[int, Path], *splits
     convolutions of one member do not keep several cores busy. Signals are passed on."""
     context = torch.multiprocessing.get_context("spawn")
     shares = [dict(list(paths.items())[k :: args.parallel]) for k in range(args.parallel)]
-    children = [context.Process(target=child, args=(args, share, *splits)) for share in shares]
+    children = [context.Process(target=child, args=(args, s, *splits)) for s in shares if s]
 
     def pass_on(number: int, frame) -> None:
         for process in children:
@@ -450,11 +456,9 @@ def train_in_processes(args: argparse.Namespace, paths: dict[int, Path], *splits
 
     for process in children:
         process.start()
-    before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
-    for process in children:
-        process.join()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with signals_to(pass_on):
+        for process in children:
+            process.join()
     if failed := [process.exitcode for process in children if process.exitcode]:
         raise SystemExit(failed[0] if failed[0] > 0 else 128 - failed[0])
 
