@@ -8,12 +8,19 @@ Every random choice is a function of (stream, epoch, index), so neither the numb
 a restart changes a batch.
 """
 
+import fcntl
+import hashlib
+import json
 import math
+import os
 import random
+import re
 import signal
+import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -22,11 +29,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch import distributed as dist
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 
 VOID, IGNORED = 255, 254
-SYNTHETIC_SPLITS = {"train": 216, "val": 48, "ood": 48}
+SYNTHETIC_SPLITS = {"train": 240, "val": 48, "ood": 48}
 SYNTHETIC_SIZE = (96, 144)  # height, width
+SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff")  # of image files
 PASTED = 3  # stream of the pasted objects
 
 
@@ -35,6 +44,10 @@ class DataError(ValueError):
 
 
 # ------------------------------------------------------------ files and their layouts
+
+
+def is_image(path: Path) -> bool:
+    return path.suffix.lower().removeprefix(".") in SUFFIXES and path.is_file()
 
 
 @contextmanager
@@ -143,8 +156,7 @@ def find_files(layout: Layout, data: Path, split: str) -> tuple[Path, list[Path]
         lines = read_lines(root / layout.listing.format(split=split), "the images of the split")
         images = [folder / f"{Path(line.split()[0]).stem}.jpg" for line in lines]
     else:
-        suffixes = (".png", ".jpg", ".jpeg", ".webp")
-        images = sorted(p for p in folder.glob(layout.glob) if p.suffix.lower() in suffixes)
+        images = sorted(path for path in folder.glob(layout.glob) if is_image(path))
     masks = []
     for path in images:
         stem = path.name.removesuffix(tail) if tail else path.stem
@@ -175,6 +187,7 @@ class SegmentationDataset(Dataset):
         self.name, self.image_size = name, image_size
         self.classes, self.palette = list(classes), [tuple(rgb) for rgb in classes.values()]
         self.images, self.masks, self.names, self.hold_out = [], [], [], []
+        self.decoded: DecodedFiles | None = None  # see `keep_decoded`
         self.table, self.valid = np.full(256, VOID, np.uint8), np.zeros(256, bool)
         for raw, label in ({c: c for c in (*range(len(classes)), VOID)} | values).items():
             self.table[raw], self.valid[raw] = label, True
@@ -190,8 +203,14 @@ class SegmentationDataset(Dataset):
     def stem(self, index: int) -> str:
         return self.names[index]
 
+    def crops(self, index: int) -> tuple:
+        """Sample `index` as `read` has it, as two objects with width, height and crop(box)."""
+        return self.decoded[index] if self.decoded else self.read(index)
+
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
         """Sample `index` at native size: the RGB image and the mask's raw values."""
+        if self.decoded:
+            return tuple(kept.crop((0, 0, kept.width, kept.height)) for kept in self.crops(index))
         image, mask = read_image(self.images[index]), read_mask(self.masks[index])
         if image.size != mask.size:
             sizes = [f"{one.width}x{one.height}" for one in (mask, image)]
@@ -221,6 +240,83 @@ class SegmentationDataset(Dataset):
         renumber[: len(self.classes)] = [number.get(name, IGNORED) for name in self.classes]
         self.table = renumber[self.table]
         self.classes, self.palette, self.hold_out = [*kept], [*kept.values()], list(hold_out)
+
+
+class Decoded(NamedTuple):
+    """An image in a memory map, of which only what is cropped is read."""
+
+    pixels: np.ndarray  # uint8 [H, W] or [H, W, 3]
+
+    @property
+    def width(self) -> int:
+        return self.pixels.shape[1]
+
+    @property
+    def height(self) -> int:
+        return self.pixels.shape[0]
+
+    def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
+        left, top, right, bottom = box
+        return Image.fromarray(np.ascontiguousarray(self.pixels[top:bottom, left:right]))
+
+
+class DecodedFiles:
+    """The images and masks of a data set as raw bytes in one file, memory-mapped when used."""
+
+    def __init__(self, path: Path):
+        self.path, self.index, self.bytes = path, np.load(path.with_suffix(".npy")), None
+
+    def __getitem__(self, number: int) -> tuple[Decoded, Decoded]:
+        if self.bytes is None:
+            self.bytes = np.memmap(self.path, np.uint8, "r")
+        height, width, start = self.index[number].tolist()
+        size = height * width
+        pixels = self.bytes[start : start + 4 * size]
+        return (Decoded(pixels[: 3 * size].reshape(height, width, 3)),
+                Decoded(pixels[3 * size :].reshape(height, width)))  # fmt: skip
+
+    def __getstate__(self) -> dict:  # a worker maps the file anew
+        return self.__dict__ | {"bytes": None}
+
+
+def keep_decoded(dataset: SegmentationDataset, folder: Path) -> None:
+    """Let `dataset` read its samples from a file in `folder`, which is made where it is missing.
+
+    Its name tells path, size and time of all source files: after a change it is made anew. It is
+    there as a whole or not at all, also if several processes make it at once.
+    """
+    if not dataset.images:
+        raise DataError(f"--cache {folder}: drawn scenes are not read from files; leave it out")
+    files = [*dataset.images, *dataset.masks]
+    key = [[str(path), stat.st_size, stat.st_mtime_ns] for path in files for stat in (path.stat(),)]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    path = folder / f"{dataset.name}-{digest}.bin"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # a second process waits here, then finds the file
+        if not path.with_suffix(".npy").exists():
+            print(f"decoding {len(dataset)} images of {dataset.name} into {path}", flush=True)
+            decode_files(dataset, path)
+    dataset.decoded = DecodedFiles(path)
+
+
+def decode_files(dataset: SegmentationDataset, path: Path) -> None:
+    """Write what `DecodedFiles` reads: the bytes, and last the index that makes them valid."""
+    index, partial = [], path.with_suffix(".tmp.npy")
+    try:
+        with open(path, "wb") as file:
+            for number in range(len(dataset)):
+                image, mask = dataset.read(number)
+                index.append((image.height, image.width, file.tell()))
+                file.write(image.tobytes())
+                file.write(mask.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        np.save(partial, np.array(index))
+        os.replace(partial, path.with_suffix(".npy"))
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def to_input(image: Image.Image, image_size: tuple[int, int] | None) -> Tensor:
@@ -281,6 +377,9 @@ def open_dataset(name: str, data, split: str, image_size=None, hold_out=()) -> S
     if data is not None and not Path(data).is_dir():
         raise DataError(f"no such folder: {data}; --data names the folder of the data set")
     if name == "synthetic":
+        if data is not None:
+            raise DataError(f"--data {data}: the synthetic scenes are drawn; leave it out, or name "
+                            "the --dataset that the folder holds")  # fmt: skip
         if split == "ood":
             raise DataError("the split 'ood' has masks, no labels; score it with --ood synthetic")
         dataset = SyntheticScenes(split, image_size)
@@ -331,7 +430,7 @@ class TrainingViews(Dataset):
         lo, hi = self.scale
         scale = rng.uniform(lo, 1) if rng.random() < 0.5 else rng.uniform(1, hi)
         image, mask, (h, w) = random_crop(
-            *self.dataset.read(index), self.dataset.image_size, scale, self.crop_size, rng
+            *self.dataset.crops(index), self.dataset.image_size, scale, self.crop_size, rng
         )
         if self.jitter:
             image = colour_jitter(image, self.jitter, rng)
@@ -355,6 +454,13 @@ def random_crop(image, mask, image_size, scale: float, crop_size, rng) -> tuple:
     top, left = int(rng.integers(full[0] - h + 1)), int(rng.integers(full[1] - w + 1))
     y, x = image.height / full[0], image.width / full[1]
     box = left * x, top * y, min((left + w) * x, image.width), min((top + h) * y, image.height)
+    # what the filter sees around the box; from a memory map no more than that is read
+    margin = math.ceil(max(1, x, y)) + 1
+    region = [max(0, math.floor(box[0]) - margin), max(0, math.floor(box[1]) - margin),
+              min(image.width, math.ceil(box[2]) + margin),
+              min(image.height, math.ceil(box[3]) + margin)]  # fmt: skip
+    box = [place - region[axis % 2] for axis, place in enumerate(box)]
+    image, mask = image.crop(region), mask.crop(region)
     image = image.resize((w, h), Image.Resampling.BILINEAR, box=box)
     return image, mask.resize((w, h), Image.Resampling.NEAREST, box=box), (h, w)
 
@@ -367,27 +473,35 @@ def colour_jitter(image: Image.Image, strength: float, rng: np.random.Generator)
     return image
 
 
-class EpochBatches(Sampler):
-    """Batches of (epoch, index) in an order that is a function of (stream, epoch).
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many share the work: 0 and 1 outside of a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    `epoch` and `start` (first batch) are set before each pass. A single image left over is dropped,
-    for batch norm needs two; a data set smaller than a batch makes one batch of all.
+
+class EpochBatches(Sampler):
+    """Batches of (epoch, index) in an order that is a function of (stream, epoch); a process of a
+    group gets its share of each.
+
+    `epoch` and `start` (first batch) are set before each pass. A last batch of less than two images
+    a process is dropped, for batch norm needs two; a data set smaller than a batch makes one of it.
     """
 
     def __init__(self, length: int, batch_size: int, stream: list[int]):
-        if length < 2:
-            raise DataError(f"the training split has {length} image; batch norm needs at least 2")
+        self.rank, self.world = rank_and_world()
         self.length, self.batch_size, self.stream = length, min(batch_size, length), stream
         self.epoch = self.start = 0
+        if self.batch_size < 2 * self.world:
+            raise DataError(f"a batch of {self.batch_size} of the {length} training images is too "
+                            f"small for {self.world} processes; batch norm needs at least 2 each")
 
     def __len__(self) -> int:
-        return self.length // self.batch_size + (self.length % self.batch_size > 1)
+        return self.length // self.batch_size + (self.length % self.batch_size >= 2 * self.world)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.random.default_rng([*self.stream, 2, self.epoch]).permutation(self.length)
         for number in range(self.start, len(self)):
             batch = order[number * self.batch_size : (number + 1) * self.batch_size]
-            yield [(self.epoch, int(index)) for index in batch]
+            yield [(self.epoch, int(index)) for index in batch[self.rank :: self.world]]
 
 
 def leave_signals_to_parent(_: int) -> None:
@@ -410,7 +524,11 @@ def training_loader(views: TrainingViews, batch_size: int, workers: int, device)
 
 
 def evaluation_loader(dataset: Dataset, batch_size: int, workers: int, device) -> DataLoader:
-    """Lists of equally sized `EvalSample` batches, in order: [B, 3, h, w], [B, H, W] and [B]."""
+    """Lists of equally sized `EvalSample` batches, in order: [B, 3, h, w], [B, H, W] and [B]; to a
+    process of a group every so many images, without padding."""
+    rank, world = rank_and_world()
+    if world > 1:
+        dataset = Subset(dataset, range(rank, len(dataset), world))
     settings = worker_settings(workers, device)
     return DataLoader(dataset, batch_size=batch_size, collate_fn=collate_runs, **settings)
 
@@ -429,12 +547,12 @@ TONES = {
     "wall": "b05c46 cea068 debe96 be7854 cc8e7a 807e80", "road": "4e5058 464850 585a62 7a7674",
     "slab": "bab4ac aeaaa6 c4baac 807e80", "leaf": "3e7c2c 4e8834 346c2a 608a30 3a4828",
     "board": "dcd8cc ccd4d8 e4e0d0 8e5e32", "metal": "262a2e 2e3234 202228 686a6c",
-    "coat": "2c54b0 b22228 246eaa d6d8de 42703e", "shirt": "1c9c8c 2cb49c 108474 a8e0d0 3c5aa0",
+    "coat": "2c54b0 b22228 246eaa d6d8de 42703e", "shirt": "a03c98 c85cb0 8640b0 dcb0dc 3c5aa0",
     "vest": "f6d628 fa961e ece83c b0b050", "face": "d61e28 ce2224 1c4ac4 de282c f0c428",
     "skin": "e0b496 b07e60 785440", "jeans": "3c4468 344c60", "glass": "283040 404c60",
     "white": "f0f0f0", "black": "1a1a1c", "grey": "84868a", "lamp": "e82a1e", "hair": "604832",
 }  # fmt: skip
-INKS = ((225, 30, 200), (110, 20, 220), (165, 245, 40), (10, 10, 20))  # of unknown objects
+INKS = ((10, 10, 20), (245, 245, 245), (20, 60, 230), (110, 20, 220))  # of unknown objects
 MOODS = [((84, 146, 222), (206, 226, 240), (1.05, 1.0, 0.95)),  # zenith, skyline, light on things
          ((176, 182, 190), (218, 220, 222), (0.9, 0.92, 0.95)),  # overcast
          ((120, 128, 184), (250, 196, 150), (0.96, 0.82, 0.74))]  # evening  # fmt: skip
@@ -633,30 +751,189 @@ def draw_ood_scene(rng, size):
 # ------------------------------------------------------------ out-of-distribution sets
 
 
-class PastedObjects(Dataset):
-    """Unknown objects pasted into `dataset`, the same for an index; mask 1 on them, 255 void."""
+class AnomalyLayout(NamedTuple):
+    """An OOD set as its publisher ships it: patterns of the paths below its folder, in which {id}
+    (one name) or {path} (with folders) is what an image and its mask share, # is a digit, * a part
+    of a name, **/ any folders, [ ] may be missing and | is "or"."""
 
-    def __init__(self, dataset: SegmentationDataset):
-        self.dataset, self.stem = dataset, dataset.stem
+    images: str
+    masks: str
+    values: dict  # all that a mask may hold: raw value, 0 normal, 1 anomaly or 255 void
+    published: int | None = None  # images that have a public mask
+    smallest: tuple[int, int] = (500, 100)  # pixels of a predicted and of a true component
+    bases: str = ""  # photographs, to which `images` are the differences
+
+    def find(self, folders: list[Path]) -> dict[str, dict[str, Path]]:
+        """The files of each kind by what they share; DataError where two share the same."""
+        found = {"images": {}, "masks": {}, "bases": {}}
+        patterns = {kind: self.pattern(getattr(self, kind)) for kind in found}
+        paths = [(folder, Path(place, name)) for folder in folders
+                 for place, _, names in os.walk(folder, followlinks=True) for name in names]
+        for (folder, path), kind in product(paths, found):
+            if match := patterns[kind].fullmatch(path.relative_to(folder).as_posix()):
+                key = next(filter(None, match.groups()))
+                if (other := found[kind].setdefault(key, path)) != path:
+                    raise DataError(f"{other} and {path} are both the file of {key} among the "
+                                    f"{kind}; keep one of them")  # fmt: skip
+        return found
+
+    @staticmethod
+    def pattern(text: str) -> re.Pattern:
+        text = re.escape(text)
+        for sign, meaning in (("{id}", "([^/]+)"), ("{path}", "(.+)"), ("#", r"\d"), ("|", "|"),
+                              ("**/", "(?:.*/)?"), (".*", rf"\.(?:{'|'.join(SUFFIXES)})"),
+                              ("*", "[^/]*"), ("[", "(?:"), ("]", ")?")):  # fmt: skip
+            text = text.replace(re.escape(sign), meaning)
+        return re.compile(text, re.IGNORECASE)
+
+
+BINARY = {0: 0, 1: 1, VOID: VOID}
+LAF_VOID = (0, 31, 33, 34, 36, 37, 38, 39)  # background, and objects that are no hazard
+OOD_LAYOUTS = {
+    "roadanomaly21": AnomalyLayout(
+        "[dataset_AnomalyTrack/]images/{id}.*",
+        "[dataset_AnomalyTrack/]labels_masks/{id}_labels_semantic.png", BINARY, 10),
+    "roadobstacle21": AnomalyLayout(
+        "[dataset_ObstacleTrack/]images/{id}.*",
+        "[dataset_ObstacleTrack/]labels_masks/{id}_labels_semantic.png", BINARY, 30, (50, 10)),
+    "roadanomaly": AnomalyLayout(
+        "frames/{id}.*", "frames/{id}.labels/labels_semantic.png", {0: 0, 2: 1}, 60),
+    "fishyscapes-laf": AnomalyLayout(
+        "**/{id}_leftImg8bit.png", "**/####_{id}_labels.png", BINARY, 100),
+    "fishyscapes-static": AnomalyLayout(
+        "**/{id}_rgb.npz", "**/{id}_labels.png", BINARY, 30, bases="**/{id}_leftImg8bit.png"),
+    "lost-and-found": AnomalyLayout(
+        "leftImg8bit/test/{path}_leftImg8bit.png", "gtCoarse/test/{path}_gtCoarse_labelIds.png",
+        {1: 0} | dict.fromkeys(range(2, 44), 1) | dict.fromkeys(LAF_VOID, VOID), 1203, (50, 10)),
+    "streethazards": AnomalyLayout(
+        "test/images/test/{path}.png", "test/annotations/test/{path}.png",
+        dict.fromkeys(range(1, 14), 0) | {14: 1}, 1500),
+    "folder": AnomalyLayout(
+        "original/{path}.*|images/{path}.*", "labels/{path}.png|labels_masks/{path}.png", BINARY),
+}  # fmt: skip
+
+
+class AnomalyImages(SegmentationDataset):
+    """Images of any size with masks: 1 anomaly, 0 none, 255 void; without `masks` 0 everywhere.
+    The network's input has the height of `image_size` and keeps an image's proportions."""
+
+    def __init__(self, name, image_size, images, masks=(), values=None, differences=()):
+        super().__init__(name, {}, values or {0: 0}, image_size)
+        self.valid[VOID] = VOID in (values or ())
+        self.images, self.masks, self.differences = images, masks, differences
+        shown = differences or images
+        count = Counter(path.stem for path in shown)
+        self.names = [f"{path.parent.name}_" * (count[path.stem] > 1) + path.stem for path in shown]
+
+    def __getitem__(self, index: int) -> EvalSample:
+        image, mask = self.read(index)
+        labels, size = torch.from_numpy(self.labels(mask, index)), self.image_size
+        size = size and (size[0], max(1, round(image.width * size[0] / image.height)))
+        return EvalSample(to_input(image, size), labels, index)
+
+    def read(self, index: int) -> tuple[Image.Image, Image.Image]:
+        if not self.masks:
+            image = read_image(self.images[index])
+            return image, Image.new("L", image.size)
+        image, mask = super().read(index)
+        return (add_difference(image, self.differences[index]) if self.differences else image), mask
+
+
+def add_difference(photo: Image.Image, path: Path) -> Image.Image:
+    """`photo` plus the signed array `rgb` [H, W, 3] of an npz file."""
+    try:
+        with np.load(path) as file:
+            difference = file["rgb"]
+        if difference.shape != (photo.height, photo.width, 3):
+            raise ValueError(f"its shape is {difference.shape}, the photo's {photo.size[::-1]}")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"cannot read the overlay {path} ({error}); restore it") from error
+    pixels = np.asarray(photo).astype(np.int32) + difference
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+class OwnAnomalies(Dataset):
+    """The evaluation set with masks of anomalies, 255 void: its held-out classes or, with `paste`,
+    unknown objects pasted into it, the same for an index (held-out classes are void then)."""
+
+    def __init__(self, dataset: SegmentationDataset, paste: bool):
+        self.dataset, self.stem, self.paste = dataset, dataset.stem, paste
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> EvalSample:
         image, mask = self.dataset.read(index)
-        rng = np.random.default_rng([PASTED, index])
-        pasted, objects = paste_unknowns(np.array(image), rng)
-        void = self.dataset.labels(mask, index) >= IGNORED  # held-out classes are no negatives
-        anomaly = np.where(objects == 1, 1, np.where(void, VOID, 0)).astype(np.uint8)
-        image = to_input(Image.fromarray(pasted), self.dataset.image_size)
+        labels = self.dataset.labels(mask, index)
+        anomaly = np.where(labels < IGNORED, 0, VOID).astype(np.uint8)
+        if self.paste:
+            rng = np.random.default_rng([PASTED, index])
+            pixels, objects = paste_unknowns(np.array(image), rng)
+            image, anomaly[objects == 1] = Image.fromarray(pixels), 1
+        else:
+            anomaly[labels == IGNORED] = 1
+        image = to_input(image, self.dataset.image_size)
         return EvalSample(image, torch.from_numpy(anomaly), index)
 
 
-def open_ood(spec: str, dataset: SegmentationDataset) -> Dataset:
-    """The OOD set that `spec` names, at the input size of the evaluation set `dataset`: "pasted"
-    into its images, or the split `ood` of the "synthetic" scenes."""
-    if spec == "pasted":
-        return PastedObjects(dataset)
+class OODSet(NamedTuple):
+    """What `open_ood` returns."""
+
+    name: str
+    dataset: Dataset  # of `EvalSample`, the labels 0 normal, 1 anomaly, 255 void
+    smallest: tuple[int, int]  # pixels of a predicted and of a true component
+    protocol: dict  # what was read, skipped and taken as void
+
+
+def open_ood(spec: str, dataset: SegmentationDataset) -> OODSet:
+    """The OOD set that `spec` names, at the input size of the evaluation set `dataset`.
+
+    "pasted" into its images, its "held-out" classes, the split `ood` of the "synthetic" scenes,
+    NAME:PATH with a name of `OOD_LAYOUTS`, or a folder. DataError where the files do not fit.
+    """
+    own = {"source": "the evaluation split", "void": "its void"}
+    if spec in ("pasted", "held-out"):
+        return OODSet(spec, OwnAnomalies(dataset, spec == "pasted"), (500, 100), own)
     if spec == "synthetic":
-        return SyntheticScenes("ood", dataset.image_size)
-    raise DataError(f"--ood {spec}: no such set; choose synthetic, held-out or pasted")
+        own = {"source": "drawn", "void": "masks 255"}
+        return OODSet(spec, SyntheticScenes("ood", dataset.image_size), (50, 10), own)
+    name, _, folders = ("folder", "", spec) if Path(spec).is_dir() else spec.partition(":")
+    if name not in OOD_LAYOUTS:
+        raise DataError(f"--ood {spec}: no such set or folder; choose synthetic, held-out, pasted, "
+                        f"a folder, or NAME:PATH with NAME one of {', '.join(OOD_LAYOUTS)}")
+    layout, folders = OOD_LAYOUTS[name], [Path(f) for f in folders.split(os.pathsep) if f]
+    if missing := [str(folder) for folder in folders if not folder.is_dir()] or not folders:
+        which = missing[0] if folders else "was named"
+        raise DataError(f"--ood {spec}: no folder {which}; use {name}:PATH")
+    found = layout.find(folders)
+    images, masks, bases = found.values()
+    keys = sorted(images.keys() & masks.keys())
+    skipped = {"images without a mask": len(images) - len(keys),
+               "masks without an image": len(masks) - len(keys)}
+    if layout.bases:
+        base = {key: bases.get(key.partition("_")[2]) for key in keys}  # NNNN_ goes before its name
+        skipped["images without their photograph"] = sum(path is None for path in base.values())
+        keys = [key for key in keys if base[key]]
+    if not keys:
+        raise DataError(f"--ood {spec}: no image with a mask; needs images as {layout.images} and "
+                        f"masks as {layout.masks}" + f" and {layout.bases}" * bool(layout.bases))
+    files = [images[key] for key in keys]
+    photos, differences = ([base[key] for key in keys], files) if layout.bases else (files, [])
+    title = folders[0].resolve().name if name == "folder" else name
+    masks = [masks[key] for key in keys]
+    opened = AnomalyImages(
+        title, dataset.image_size, photos, masks, layout.values, differences
+    )
+    void = ", ".join(str(raw) for raw, label in layout.values.items() if label == VOID)
+    protocol = {"source": " ".join(map(str, folders)), "void": f"masks {void}" if void else "none"}
+    protocol |= {"skipped": {reason: n for reason, n in skipped.items() if n}}
+    protocol |= {"published": layout.published} if layout.published else {}
+    return OODSet(title, opened, layout.smallest, protocol)
+
+
+def open_normal(folder: Path, image_size) -> AnomalyImages:
+    """The images of a folder, subfolders too, as in-distribution ones: without an anomaly."""
+    images = [path for path in sorted(folder.rglob("*")) if is_image(path)]
+    if not images:
+        raise DataError(f"no image in {folder}; --in-distribution names a folder of images")
+    return AnomalyImages("in-distribution", image_size, images)

@@ -15,19 +15,21 @@ sees itself.
 import argparse
 import contextlib
 import json
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 import data
 import train_ensemble as training
 from data import IGNORED, Sample
-from evaluate import Parser, UsageError, autocast, run
+from evaluate import Parser, UsageError, autocast, locked, run
 from model import BACKBONES, MAX_STD, Ensemble, load_ensemble, member_files, save_atomically
-from train_ensemble import RECIPES, cross_entropy, fit
+from train_ensemble import RECIPES, cross_entropy, fit, sum_over_processes
 
 MISSING = 255  # in the target cache; values are 0..254
 INHERITED = (
@@ -46,8 +48,8 @@ def rmsle(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
     gradient finite at 0.
     """
     difference = torch.log1p(student.float()) - torch.log1p(teacher.float())
-    mean = (difference.square() * valid).sum() / valid.sum().clamp(min=1)
-    return (mean + 1e-12).sqrt()
+    total, count = map(sum_over_processes, ((difference.square() * valid).sum(), valid.sum()))
+    return (total / count.clamp(min=1) + 1e-12).sqrt()
 
 
 def distillation_loss(teacher: Ensemble, cache: "TargetCache | None", weight: float, amp: str):
@@ -158,49 +160,67 @@ def inherit(args: argparse.Namespace, checkpoint: dict) -> None:
             setattr(args, key, Path(value) if key == "data" and value else value)
 
 
-def main(args: argparse.Namespace) -> None:
-    # ---------------------------------------------------------------- teacher and data
-    teacher, checkpoint = load_ensemble(args.teacher, args.mc_samples)
-    inherit(args, checkpoint)
-    training.resolve(args, RECIPES[args.dataset])
-    if not args.uncertainty_weight >= 0 or args.views < 0:
-        raise UsageError(f"--uncertainty-weight {args.uncertainty_weight} and --views {args.views} "
-                         "cannot be negative")  # fmt: skip
-    train_set, val_set = training.open_splits(args)
-    if train_set.classes != (classes := checkpoint["config"]["classes"]):
-        raise UsageError(f"the teacher knows the classes {', '.join(classes)}, the data has "
-                         f"{', '.join(train_set.classes)}; use the teacher's data set")  # fmt: skip
-    path = args.out or member_files(args.teacher)[0].with_name("student.pt")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if args.overwrite:
-        training.remove(path, (path.suffix, ".jsonl", *training.UNFINISHED))
-    if training.is_finished(path, args):
-        return
+def open_cache(args: argparse.Namespace, key: list[int], count: int, path: Path) -> TargetCache:
+    """The cache of `count` images for a student in `path`; what its targets depend on is its key.
+    The first process of a group makes it, then the others open it."""
+    identity = {"stream": key, "jitter": RECIPES[args.dataset]["jitter"]}
+    for name in ("teacher_identity", "mc_samples", "dataset", "split", "image_size", "scale",
+                 "batch_size", "amp"):  # fmt: skip
+        identity[name] = getattr(args, name)
+    shape = (min(args.views, args.epochs), count, *args.crop_size)
+    rank, world = data.rank_and_world()
+    if rank:
+        dist.barrier()
+    cache = TargetCache(path.with_suffix(".targets.npy"), shape, identity)
+    if world > 1 and rank == 0:
+        dist.barrier()
+    return cache
 
-    # ---------------------------------------------------------------- student
+
+def distil(args: argparse.Namespace, path: Path, teacher: Ensemble, train_set, val_set) -> None:
+    """Train the student and write it to `path`."""
     key, jitter = training.stream(args.seed, "student", 0), RECIPES[args.dataset]["jitter"]
     student = training.build(args, key, len(train_set.classes), ("std",))
     config = training.describe(train_set, args, 1)
     config |= {"measures": ["std"], "teacher_members": len(teacher)}
     loaders = training.loaders(args, train_set, val_set, key, args.views, jitter)
-
-    # ---------------------------------------------------------------- distillation
     teacher.to(args.device, memory_format=torch.channels_last)
     if args.compile:
         for member in teacher.members:
             member.compile()
-    cache = None
-    if args.views:
-        shape = (min(args.views, args.epochs), len(train_set), *args.crop_size)
-        files = member_files(args.teacher)
-        files = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-        identity = {"teacher": files, "stream": key, "jitter": jitter}
-        for name in ("mc_samples", "dataset", "split", "image_size", "scale", "batch_size", "amp"):
-            identity[name] = getattr(args, name)
-        cache = TargetCache(path.with_suffix(".targets.npy"), shape, identity)
+    cache = open_cache(args, key, len(train_set), path) if args.views else None
     loss_fn = distillation_loss(teacher, cache, args.uncertainty_weight, args.amp)
     fit(student, loss_fn, *loaders, args, path, config)
-    print(f"student in {path}; next: python evaluate.py --student {path} --ood")
+
+
+def main(args: argparse.Namespace) -> None:
+    # ---------------------------------------------------------------- teacher and data
+    teacher, checkpoint = load_ensemble(args.teacher, args.mc_samples)
+    inherit(args, checkpoint)
+    args.teacher_identity = checkpoint["identity"]  # another teacher is another student
+    training.resolve(args, RECIPES[args.dataset])
+    if not 0 <= args.uncertainty_weight < math.inf or args.views < 0:
+        raise UsageError(f"--uncertainty-weight {args.uncertainty_weight} and --views {args.views} "
+                         "cannot be negative or infinite")  # fmt: skip
+    path = args.out or member_files(args.teacher)[0].with_name("student.pt")
+    with training.process_group(args.device):
+        train_set, val_set = training.open_splits(args)
+        if train_set.classes != (classes := checkpoint["config"]["classes"]):
+            raise UsageError(
+                f"the teacher knows the classes {', '.join(classes)}, the data has "
+                f"{', '.join(train_set.classes)}; use the teacher's data set"
+            )
+
+        # ------------------------------------------------------------ student
+        path.parent.mkdir(parents=True, exist_ok=True)
+        first = data.rank_and_world()[0] == 0
+        with locked(path) if first else contextlib.nullcontext():
+            if args.overwrite and first:
+                training.remove(path, (path.suffix, ".jsonl", *training.UNFINISHED))
+            training.any_process(False, torch.device(args.device))  # wait for the first
+            if not training.is_finished(path, args):
+                distil(args, path, teacher, train_set, val_set)
+        print(f"student in {path}; next: python evaluate.py --student {path} --ood")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -214,8 +234,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--views", type=int, metavar="K",
          help="scale and crop repeat after K epochs, whose teacher targets are kept on the disk; "
               "the teacher's cost falls by epochs / K. 0: new views, float targets, nothing kept")
-    flag("--uncertainty-weight", type=float, default=1.0, metavar="W",
-         help="weight of the RMSLE term (default: 1, the paper's)")
+    flag("--uncertainty-weight", type=float, metavar="W",
+         help="weight of the RMSLE term (default: the recipe's; the paper's is 1)")
     flag("--dataset", choices=data.DATASETS, help="(default: the teacher's)")
     flag("--backbone", choices=BACKBONES, help="(default: the teacher's)")
     flag("--hold-out", nargs="+", metavar="CLASS", help="(default: the teacher's)")

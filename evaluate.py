@@ -11,11 +11,13 @@ definitions); member 0, the teacher and the student see the same pixels in the s
 import argparse
 import base64
 import contextlib
+import fcntl
 import html
 import io
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from collections import Counter, defaultdict
@@ -72,9 +74,11 @@ def run(main: Callable, parser: argparse.ArgumentParser, argv: list[str] | None 
 
 
 def choose_device(name: str) -> torch.device:
-    """By name; "auto" is the GPU if there is one. Raises UsageError if the device is not there."""
+    """By name; "auto" is the GPU if there is one, under torchrun one a process. Raises UsageError
+    if the device is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        local = os.environ.get("LOCAL_RANK", "")
+        name = f"cuda:{local}".rstrip(":") if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -96,9 +100,37 @@ def autocast(device: torch.device, amp: str):
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """For the one process at a time that may write `path`; a second one gets a UsageError.
+
+    A record lock ends with its process, however that ends, and forked workers do not inherit it.
+    """
+    lock = path.with_suffix(".lock")
+    while True:
+        file = open(lock, "w")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise UsageError(f"another process is writing {path}; wait for it to end, or name "
+                             "another --out") from None  # fmt: skip
+        # who held the lock before may have removed the file since it was opened here
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(lock), os.fstat(file.fileno())):
+                break
+        file.close()
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        file.close()
+
+
 @torch.inference_mode()
 def validate(network: nn.Module, loader: DataLoader, num_classes: int, device, amp: str) -> dict:
-    """miou, iou, pixel_accuracy and mean_class_accuracy of `network` over `evaluation_loader`."""
+    """miou, iou, pixel_accuracy and mean_class_accuracy of `network` over `evaluation_loader`, in
+    a process group over those of all processes."""
     network.eval()
     confusion = metrics.ConfusionMatrix(num_classes)
     for images, labels, _ in itertools.chain.from_iterable(loader):
@@ -106,6 +138,7 @@ def validate(network: nn.Module, loader: DataLoader, num_classes: int, device, a
         with autocast(device, amp):
             logits = network(images, labels.shape[-2:]).logits
         confusion.update(logits.argmax(dim=1), labels)
+    confusion.all_reduce()
     return confusion.compute()
 
 
@@ -225,16 +258,15 @@ def detection_figures(detection: metrics.Detection) -> dict:
 
 
 @torch.inference_mode()
-def evaluate_split(networks: Networks, dataset, args) -> tuple[dict, list[float]]:
-    """Everything that labels can tell, in one pass: the parts of metrics.json, and each image's
-    pixel accuracy (NaN where all is void) by the student or, without one, the teacher.
-
-    If --ood asks for the data set's held-out classes, their pixels are scored as anomalies.
+def evaluate_split(networks: Networks, dataset, args) -> tuple[dict, list[float], dict]:
+    """Everything that labels can tell, in one pass: the parts of metrics.json, each image's pixel
+    accuracy (NaN where all is void) by the student or, without one, the teacher, and for --ood the
+    `image_scores` of the images that show no held-out class.
     """
     num_classes, size = len(dataset.classes), len(networks.get("teacher", ()))
     trackers: dict[str, Tracker] = {}
     members = [metrics.ConfusionMatrix(num_classes) for _ in range(size)]
-    held_out: dict[str, metrics.Detection] = defaultdict(metrics.Detection)
+    normal: dict[str, list] = defaultdict(list)
     compare = len(networks) == 2
     fidelity, density, accuracy = metrics.Fidelity(), 0, []
     # both axes of the density end at the largest unbiased std in [0, 1]: half are 0, half 1
@@ -254,9 +286,10 @@ def evaluate_split(networks: Networks, dataset, args) -> tuple[dict, list[float]
                 trackers[name] = Tracker(name, num_classes)
             correct = trackers[name].update(output, labels) & valid
         accuracy += (correct.sum((1, 2)) / valid.sum((1, 2))).tolist()
-        if "held-out" in args.ood_sets:
-            normal = torch.where(valid, 0, data.VOID)
-            detect(held_out, outputs, torch.where(labels == data.IGNORED, 1, normal))
+        if args.ood is not None:
+            known = ~(labels == data.IGNORED).flatten(1).any(dim=1)
+            for key, scores in image_scores(outputs):
+                normal[key] += scores[known].tolist()
         if compare:
             pair = outputs["student"].scores["dudes"], outputs["teacher"].scores["std"]
             fidelity.update(*pair, valid)
@@ -270,9 +303,7 @@ def evaluate_split(networks: Networks, dataset, args) -> tuple[dict, list[float]
         results["fidelity"] = fidelity.compute() | {
             "density": density.view(64, 64).tolist(), "density_max": largest,
             "class_error": float(np.mean(gaps)) if gaps else math.nan}
-    if "held-out" in args.ood_sets:
-        results["ood"]["held-out"] = ood_figures("held-out", held_out)
-    return results, accuracy
+    return results, accuracy, normal
 
 
 def gather(names: list[str], trackers: dict[str, Tracker], members: list) -> dict:
@@ -292,31 +323,94 @@ def gather(names: list[str], trackers: dict[str, Tracker], members: list) -> dic
     return {"segmentation": segmentation, "uncertainty": uncertainty, "classes": classes}
 
 
-def detect(detections: dict[str, metrics.Detection], outputs: dict, mask: Tensor) -> None:
-    """Counts a batch for every score: anomalies are 1 in the mask [B, H, W], 255 is void."""
-    for name, output in outputs.items():
-        for score, values in output.scores.items():
-            detections[f"{name}/{score}"].update(values, mask)
+def named(outputs: dict[str, Output]) -> dict[str, Tensor]:
+    """Every score [B, H, W] of every model as "<model>/<score>"."""
+    return {f"{name}/{score}": values for name, output in outputs.items()
+            for score, values in output.scores.items()}
 
 
-def ood_figures(name: str, detections: dict[str, metrics.Detection]) -> dict[str, dict]:
-    """The figures of every score; says so where the set `name` has nothing to detect."""
-    result = {key: detection_figures(detection) for key, detection in detections.items()}
-    if result and not next(iter(result.values()))["positives"]:
-        warning = f"the OOD set {name} has no anomalous pixel; its figures are undefined"
-        print(f"warning: {warning}", file=sys.stderr)
-    return result
+def image_scores(outputs: dict[str, Output]) -> Iterator[tuple[str, Tensor]]:
+    """The mean and the 99th percentile of every score over each image: name, float32 [B, 2]."""
+    for key, values in named(outputs).items():
+        values = values.flatten(1)
+        rank = math.ceil(0.99 * values.shape[1])
+        percentile = values.kthvalue(rank, dim=1).values
+        yield key, torch.stack([values.mean(dim=1), percentile], dim=1).cpu()
+
+
+def image_level(found: list, anomalous: list[bool], normal: list) -> dict[str, float]:
+    """AUROC of telling images with an anomaly from those without by their `image_scores`: those of
+    the OOD set, and of more in-distribution images."""
+    found, there = np.reshape(found, (-1, 2)), np.array(anomalous)
+    others = np.concatenate([found[~there], np.reshape(normal, (-1, 2))])
+    return {f"image_auroc_{name}": metrics.pairs_auroc(found[there, k], others[:, k])
+            for k, name in enumerate(("mean", "p99"))}
 
 
 @torch.inference_mode()
-def evaluate_ood(networks: Networks, name: str, dataset, args: argparse.Namespace) -> dict:
-    """Pixel-wise detection of the anomalies of one OOD set by every score of every model."""
-    detections = defaultdict(metrics.Detection)
-    for images, mask, index in sweep(dataset, args):
+def image_scores_of(networks: Networks, dataset, args) -> dict[str, list]:
+    """`image_scores` of all images of a data set."""
+    found = defaultdict(list)
+    for images, labels, _ in sweep(dataset, args):
+        for key, scores in image_scores(predict(networks, images, labels.shape[-2:], args)):
+            found[key] += scores.tolist()
+    return found
+
+
+@torch.inference_mode()
+def evaluate_ood(networks: Networks, ood: data.OODSet, normal: dict, args) -> tuple[dict, dict]:
+    """Detection of the anomalies of one OOD set by every score of every model, as pixels, as
+    components and as images; and the protocol. Two passes: for the components a score is cut where
+    the F1 of all pixels is best. normal: `image_scores` of more in-distribution images.
+    """
+    detections, found = defaultdict(metrics.Detection), defaultdict(list)
+    anomalous, sizes = [], Counter()
+    for images, mask, index in sweep(ood.dataset, args):
         outputs = predict(networks, images, mask.shape[-2:], args)
-        detect(detections, outputs, mask)
-        save_scores(args, dataset, name, outputs, index)
-    return ood_figures(name, detections)
+        for key, values in named(outputs).items():
+            detections[key].update(values, mask)
+        for key, scores in image_scores(outputs):
+            found[key] += scores.tolist()
+        anomalous += (mask == 1).flatten(1).any(dim=1).tolist()
+        sizes["x".join(map(str, images.shape[-2:]))] += len(images)
+        save_scores(args, ood.dataset, ood.name, outputs, index)
+    figures = {key: detection_figures(detection) | detection.best_f1()
+               | image_level(found[key], anomalous, normal.get(key, []))
+               for key, detection in detections.items()}
+    some = next(iter(figures.values()))
+    if some["positives"]:
+        components = {key: metrics.ComponentDetection(ood.smallest) for key in figures}
+        for images, mask, _ in sweep(ood.dataset, args):
+            for key, values in named(predict(networks, images, mask.shape[-2:], args)).items():
+                components[key].update(values.half() > figures[key]["f1_threshold"], mask)
+        for key, component in components.items():
+            figures[key] |= component.compute()
+    else:
+        text = f"the OOD set {ood.name} has no anomalous pixel; its figures are undefined"
+        print(f"warning: {text}", file=sys.stderr)
+    return figures, {
+        "images": len(ood.dataset), "pixels": some["n"], "anomalous_pixels": some["positives"],
+        "prevalence": some["positives"] / some["n"] if some["n"] else math.nan,
+        "network_input": ", ".join(size for size, _ in sizes.most_common(3)),
+        "smallest_components": list(ood.smallest), "anomalous_images": sum(anomalous),
+        "normal_images": len(anomalous) - sum(anomalous) + len(next(iter(normal.values()), [])),
+        "scores": "float16", "pooling": "all pixels at native size",
+        "torch": str(torch.__version__)} | ood.protocol
+
+
+def described(protocol: dict) -> str:
+    """The protocol of an OOD set in a sentence."""
+    p = {key: value for key, value in protocol.items() if value is not None}
+    share = f"{100 * p['prevalence']:.2f}% anomalous" if p.get("prevalence") else "none anomalous"
+    of = f" of {p['published']} published" if p.get("published") else ""
+    skipped = "".join(f"; skipped {n} {reason}" for reason, n in p.get("skipped", {}).items())
+    return (
+        f"{p['images']} images{of}, {p['pixels']:,} pixels, {share}; void: {p['void']}{skipped}; "
+        f"network input {p['network_input']}, pooled at native size, float16 scores; components "
+        f"from {p['smallest_components'][0]} px (true: {p['smallest_components'][1]}); images: "
+        f"{p['anomalous_images']} with an anomaly against {p['normal_images']} without; "
+        f"torch {p['torch']}"
+    )
 
 
 def save_scores(args, dataset, which: str, outputs: dict[str, Output], index: list[int]) -> None:
@@ -426,14 +520,49 @@ def predict_files(networks: Networks, args: argparse.Namespace) -> None:
     print(f"; {len(skipped)} skipped, not images: {', '.join(skipped[:5])}" if skipped else "")
 
 
+LARGE = 2**22  # pixels at which all classes' probabilities are held at once
+TILE, CONTEXT = 1024, 128  # pixels: side of a tile, and what it sees around itself
+
+
+def predict_maps(networks: Networks, image: Image.Image, args) -> tuple[np.ndarray, np.ndarray]:
+    """Class numbers uint8 [H, W] and uncertainty float32 [H, W] in [0, 1] of an image of any size.
+
+    A large one goes through the networks in tiles that see their surroundings; where --image-size
+    reduces it anyway, a smaller map is enlarged instead.
+    """
+    name = "student" if "student" in networks else "teacher"
+    width, height = image.size
+
+    def maps(part: Image.Image, size: tuple[int, int]):
+        pixels = data.to_input(part, args.image_size)[None].to(args.device)
+        output = predict(networks, pixels, size, args)[name]
+        u = output.scores[PRIMARY[name]][0].clamp(0, 1)
+        return output.probs[0].argmax(dim=0).to(torch.uint8).cpu().numpy(), u.cpu().numpy()
+
+    if height * width <= LARGE:
+        return maps(image, (height, width))
+    if args.image_size:
+        factor = math.sqrt(LARGE / (height * width))
+        small = maps(image, tuple(max(1, int(factor * side)) for side in (height, width)))
+        methods = Image.Resampling.NEAREST, Image.Resampling.BILINEAR
+        return tuple(np.asarray(Image.fromarray(values).resize((width, height), method))
+                     for values, method in zip(small, methods, strict=True))  # fmt: skip
+    labels, u = np.zeros((height, width), np.uint8), np.zeros((height, width), np.float32)
+    for top, left in itertools.product(range(0, height, TILE), range(0, width, TILE)):
+        y, x = max(0, top - CONTEXT), max(0, left - CONTEXT)
+        part = image.crop((x, y, min(width, left + TILE + CONTEXT),
+                           min(height, top + TILE + CONTEXT)))  # fmt: skip
+        inside = slice(top - y, top - y + TILE), slice(left - x, left - x + TILE)
+        place = slice(top, top + TILE), slice(left, left + TILE)
+        for whole, values in zip((labels, u), maps(part, part.size[::-1]), strict=True):
+            whole[place] = values[inside]
+    return labels, u
+
+
 def save_maps(networks: Networks, image: Image.Image, args, path: Path) -> None:
     """<path>_classes.png (indexed), _overlay.png, _uncertainty.png (viridis, up to the image's
     maximum) and _uncertainty16.png (u * 65535, 16-bit grey)."""
-    name = "student" if "student" in networks else "teacher"
-    pixels = data.to_input(image, args.image_size)[None].to(args.device)
-    output = predict(networks, pixels, (image.height, image.width), args)[name]
-    labels = output.probs[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
-    u = output.scores[PRIMARY[name]][0].clamp(0, 1).cpu().numpy()
+    labels, u = predict_maps(networks, image, args)
     classes, colours = Image.fromarray(labels).convert("P"), colourise(labels, args.palette)
     classes.putpalette(np.array(args.palette, np.uint8).tobytes())
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -590,6 +719,7 @@ COLUMNS = {  # key in metrics.json: heading with the better side, factor, digits
     "miou": ("mIoU % ↑", 100, 2), "pixel_accuracy": ("pixel acc. % ↑", 100, 2),
     "nll": ("NLL ↓", 1, 4), "brier": ("Brier ↓", 1, 4), "ece": ("ECE % ↓", 100, 2),
     "auroc": ("AUROC % ↑", 100, 2), "ap": ("AP % ↑", 100, 2), "fpr95": ("FPR95 % ↓", 100, 2),
+    "component_f1": ("comp. F1 % ↑", 100, 2), "image_auroc_p99": ("image AUROC ↑", 100, 2),
     "aurc": ("AURC ↓", 1, 4), "ause": ("AUSE ↓", 1, 4), "rmse": ("RMSE ↓", 1, 4),
     "rmsle": ("RMSLE ↓", 1, 4), "pearson": ("Pearson ↑", 1, 3), "spearman": ("Spearman ↑", 1, 3),
     "class_error": ("class error ↓", 1, 4), "parameters": ("parameters, M", 1e-6, 2),
@@ -738,8 +868,11 @@ def _sections(results: dict, panels=()):
            _table(uncertainty, *detection, "aurc", "ause"),
            "".join(_curve(c, uncertainty) for c in ("rejection", "risk_coverage", "roc", "pr")))
     for name, scores in results["ood"].items():
-        yield (f"Anomalies: {name}", "Positive is a pixel of an object that was never trained on.",
-               _table(scores, *detection), _curve("roc", scores) + _curve("pr", scores))
+        settings = described(results["protocol"]["ood"][name])
+        yield (f"Anomalies: {name}", "Positive is a pixel, a connected component or an image of "
+               f"what was never trained on. {settings}",
+               _table(scores, *detection, "component_f1", "image_auroc_p99"),
+               _curve("roc", scores) + _curve("pr", scores))
     yield ("Fidelity", "How closely the student’s uncertainty follows its teacher’s, by pixel.",
            _table({"student": fidelity}, "rmse", "rmsle", "pearson", "spearman", "class_error"),
            _density(fidelity) if fidelity else "")
@@ -756,7 +889,7 @@ def _sections(results: dict, panels=()):
                 for title, file in panels)
     yield ("Images", "Good: uncertainty is bright where the accuracy map is white.",
            ([], []), "".join(_figure(*picture) for picture in pictures))
-    rows = [[k, "–" if v is None else str(v)] for k, v in results["protocol"].items()]
+    rows = [[k, "–" if v is None else str(v)] for k, v in results["protocol"].items() if k != "ood"]
     yield "Protocol", "What the numbers depend on.", (["setting", "value"], rows), ""
 
 
@@ -817,9 +950,16 @@ def resolve(args: argparse.Namespace, checkpoint: dict) -> None:
     if args.workers is None:
         args.workers = 4 if cuda else 0
     for flag, value, least in (("--batch-size", args.batch_size, 1), ("--workers", args.workers, 0),
-                               ("--image-size", min(args.image_size or [1]), 1)):
+                               ("--image-size", min(args.image_size or [1]), 1),
+                               ("--panels", args.panels, 0)):
         if value < least:
             raise UsageError(f"{flag} {value}: has to be at least {least}")
+    for flag, alone in (("--ood", args.ood is not None), ("--benchmark", args.benchmark),
+                        ("--save-scores", args.save_scores)):
+        if args.predict and alone:
+            raise UsageError(f"--predict writes maps alone; run {flag} in a command of its own")
+    if args.in_distribution and args.ood is None:
+        raise UsageError("--in-distribution is for the images of --ood, which is missing")
     own = "held-out" if config["hold_out"] else "pasted"
     own = "synthetic" if args.dataset == "synthetic" else own
     args.ood_sets = [] if args.ood is None else list(dict.fromkeys(args.ood or [own]))
@@ -845,12 +985,42 @@ def protocol(args: argparse.Namespace, dataset, networks: Networks, pixels: int)
         "amp": args.amp, "device": args.device} | model.versions()
 
 
+def open_ood_sets(args: argparse.Namespace, dataset) -> list[data.OODSet]:
+    """What --ood names; UsageError where two of them would share a name."""
+    ood_sets = [data.open_ood(spec, dataset) for spec in args.ood_sets]
+    for name, count in Counter(ood.name for ood in ood_sets).items():
+        if count > 1:
+            raise UsageError(f"--ood names {count} sets {name}; evaluate them one by one")
+    return ood_sets
+
+
+def measure(networks: Networks, dataset, ood_sets, others, args) -> tuple[dict, list[float]]:
+    """The content of metrics.json, and each image's pixel accuracy. others: in-distribution images
+    for --ood, None for those of the evaluation split."""
+    print(f"{args.dataset} {args.split}: {len(dataset)} images", flush=True)
+    results, accuracy, normal = evaluate_split(networks, dataset, args)
+    if others:
+        normal = image_scores_of(networks, others, args)
+    protocols = {}
+    for ood in ood_sets:
+        more = {} if ood.name == "held-out" and not others else normal  # they are the same images
+        results["ood"][ood.name], protocols[ood.name] = evaluate_ood(networks, ood, more, args)
+        print(f"OOD {ood.name}: {described(protocols[ood.name])}", flush=True)
+    results["timing"] = benchmark(networks, dataset[0].image, args) if args.benchmark else {}
+    pixels = next(iter(results["segmentation"].values()))["n"]
+    settings = protocol(args, dataset, networks, pixels)
+    results = {"protocol": settings | {"ood": protocols}} | results
+    # JSON knows no NaN: null takes its place
+    return json.loads(json.dumps(results), parse_constant=lambda name: None), accuracy
+
+
 def main(args: argparse.Namespace) -> None:
     # ---------------------------------------------------------------- networks and data
     args.device = str(choose_device(args.device))
     networks, checkpoint = open_networks(args)
     resolve(args, checkpoint)
     torch.manual_seed(0)  # MC dropout
+    json_file, html_file = args.out / "metrics.json", args.out / "report.html"
     if args.predict is not None:
         predict_files(networks, args)
         return
@@ -860,29 +1030,22 @@ def main(args: argparse.Namespace) -> None:
         known, found = (", ".join(names) for names in (args.classes, dataset.classes))
         raise UsageError(f"the networks know the classes {known}, {args.dataset} has {found}; "
                          "evaluate on the data set they were trained on")
-    ood_sets = {name: data.open_ood(name, dataset) for name in args.ood_sets if name != "held-out"}
+    ood_sets = open_ood_sets(args, dataset)
+    folder = args.in_distribution
+    others = data.open_normal(folder, args.image_size) if folder else None
+
     (args.out / "panels").mkdir(parents=True, exist_ok=True)
+    with locked(json_file):
+        # ------------------------------------------------------------ measurements
+        results, accuracy = measure(networks, dataset, ood_sets, others, args)
 
-    # ---------------------------------------------------------------- measurements
-    print(f"{args.dataset} {args.split}: {len(dataset)} images", flush=True)
-    results, accuracy = evaluate_split(networks, dataset, args)
-    for name, ood_set in ood_sets.items():
-        print(f"OOD {name}: {len(ood_set)} images", flush=True)
-        results["ood"][name] = evaluate_ood(networks, name, ood_set, args)
-    results["timing"] = benchmark(networks, dataset[0].image, args) if args.benchmark else {}
-    pixels = next(iter(results["segmentation"].values()))["n"]
-    results = {"protocol": protocol(args, dataset, networks, pixels)} | results
-    # JSON knows no NaN: null takes its place
-    results = json.loads(json.dumps(results), parse_constant=lambda name: None)
-
-    # ---------------------------------------------------------------- report
-    panels = draw_panels(networks, dataset, choose_images(accuracy, args.panels), args)
-    for name, ood_set in ood_sets.items():
-        chosen = [(f"OOD {name}", i) for i in range(min(args.panels, len(ood_set), 3))]
-        panels += draw_panels(networks, ood_set, chosen, args, anomalies=True)
-    json_file, html_file = args.out / "metrics.json", args.out / "report.html"
-    model.save_atomically(json_file, json.dumps(results, indent=1, allow_nan=False) + "\n")
-    model.save_atomically(html_file, report(results, panels))
+        # ------------------------------------------------------------ report
+        panels = draw_panels(networks, dataset, choose_images(accuracy, args.panels), args)
+        for ood in ood_sets:
+            chosen = [(f"OOD {ood.name}", i) for i in range(min(args.panels, len(ood.dataset), 3))]
+            panels += draw_panels(networks, ood.dataset, chosen, args, anomalies=True)
+        model.save_atomically(json_file, json.dumps(results, indent=1, allow_nan=False) + "\n")
+        model.save_atomically(html_file, report(results, panels))
     print(results_table(results))
     print(f"\n{json_file}  {html_file}  {len(panels)} panels in {args.out / 'panels'}")
 
@@ -900,8 +1063,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--split", default="val", help="(default: val)")
     add("--image-size", type=int, nargs=2, metavar=("H", "W"), help="pixels of the networks' input")
     add = parser.add_argument_group("what to do").add_argument
-    add("--ood", nargs="*", metavar="SPEC", help="anomaly detection on synthetic, held-out or "
-        "pasted objects (alone: what the data set offers)")
+    add("--ood", nargs="*", metavar="SPEC", help="anomaly detection on synthetic, held-out, "
+        "pasted, a folder, or NAME:PATH with NAME one of " + ", ".join(data.OOD_LAYOUTS)
+        + "; several may follow (none: what the data set offers)")
+    add("--in-distribution", type=Path, metavar="DIR", help="images that no anomaly is in, as the "
+        "negatives of image-level detection (default: the evaluation split)")
     add("--save-scores", type=Path, metavar="DIR", help="keep float16 maps of every score")
     add("--predict", type=Path, metavar="DIR|FILE", help="only write the maps of these images")
     add("--benchmark", action="store_true", help="time the networks as well")

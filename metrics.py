@@ -309,6 +309,109 @@ class Detection(_ScoreHistogram):
             fpr95 = float(fpr[np.argmax(tpr >= 0.95)])
         return dict(auroc=auroc, ap=ap, fpr95=fpr95, n=positives + negatives, positives=positives)
 
+    def best_f1(self) -> dict[str, float]:
+        """-> f1, the best of score >= threshold, and f1_threshold, the highest where several do as
+        well; NaN without positives."""
+        threshold, _, _, precision, recall = self.curves().values()
+        f1 = np.nan_to_num(_ratio(2 * precision * recall, precision + recall))
+        best = np.argmax(f1)
+        found = (f1[best], threshold[best]) if f1[best] > 0 else (NAN, NAN)
+        return dict(zip(("f1", "f1_threshold"), map(float, found), strict=True))
+
+
+def pairs_auroc(positives, negatives) -> float:
+    """AUROC of short lists of scores, unrounded: the share of pairs in order, ties half; NaN if one
+    list is empty."""
+    positives, negatives = np.asarray(positives, float), np.sort(np.asarray(negatives, float))
+    if not (len(positives) and len(negatives)):
+        return NAN
+    below = sum(np.searchsorted(negatives, positives, side) for side in ("left", "right"))
+    return float(below.mean() / (2 * len(negatives)))
+
+
+def connected_components(mask: np.ndarray) -> np.ndarray:
+    """8-connected components of a bool [H, W]: int64 [H, W], 1..n in raster order, 0 outside."""
+    height, width = mask.shape
+    row = width + 1  # a column of False ends every run
+    flat = np.pad(mask, ((0, 0), (0, 1))).ravel().astype(np.int8)
+    change = np.diff(flat, prepend=0, append=0)
+    starts, ends = np.flatnonzero(change == 1), np.flatnonzero(change == -1)
+    # the runs of the next row that touch a run, diagonally too, are neighbours in the list
+    first = np.searchsorted(ends, starts + row, "left")
+    number = np.searchsorted(starts, ends + row, "right") - first
+    upper = np.repeat(np.arange(len(starts)), number)
+    lower = np.arange(number.sum()) + np.repeat(first - (np.cumsum(number) - number), number)
+    root = np.arange(len(starts))
+    while (root[upper] != root[lower]).any():
+        a, b = root[upper], root[lower]
+        np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
+        while (root[root] != root).any():
+            root = root[root]
+    labels = np.zeros(height * row, np.int64)
+    number = np.unique(root, return_inverse=True)[1] + 1
+    labels[flat > 0] = np.repeat(number, ends - starts)
+    return labels.reshape(height, row)[:, :width]
+
+
+class ComponentDetection(Accumulator):
+    """Are anomalies found as wholes (SegmentMeIfYouCan, Chan et al. 2021)?
+
+    With P the union of the predicted components that touch a true one k,
+
+        sIoU(k) = |k and P| / (|k or P| - |P and other true components|)
+        PPV(p) = |p and truth| / |p|        of a predicted component p
+
+    and at each tau in 0.25, 0.30 ... 0.75: TP sIoU >= tau, FN sIoU < tau, FP PPV < tau. `smallest`:
+    predicted components of fewer pixels are dropped, true ones made void.
+    """
+
+    TAU = np.arange(5, 16) / 20
+
+    def __init__(self, smallest: tuple[int, int] = (500, 100), device=None):
+        self.smallest = smallest
+        tau = (len(self.TAU),)
+        super().__init__(device, n=(2,), sums=(2,), tp=tau, fn=tau, fp=tau)
+
+    def update(self, prediction: Tensor, mask: Tensor) -> None:
+        """prediction: bool [B, H, W]; mask: 1 anomaly, 0 none, anything else void."""
+        _check_shapes(prediction=prediction, mask=mask)
+        for found, truth in zip(prediction.cpu().numpy(), mask.cpu().numpy(), strict=True):
+            siou, ppv = self._frame(found.astype(bool), truth)
+            reached, exact = (x[:, None] >= self.TAU for x in (siou, ppv))
+            for name, values in (("n", [len(siou), len(ppv)]), ("sums", [siou.sum(), ppv.sum()]),
+                                 ("tp", reached.sum(0)), ("fn", (~reached).sum(0)),
+                                 ("fp", (~exact).sum(0))):  # fmt: skip
+                self._add(name, torch.as_tensor(np.asarray(values), device=mask.device))
+
+    def _frame(self, prediction: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """sIoU of each true, PPV of each predicted component of one frame."""
+        found = connected_components(prediction & (mask <= 1))
+        truth = connected_components(mask == 1)
+        small = np.bincount(truth.ravel()) < self.smallest[1]
+        small[0] = False
+        inside = (mask <= 1) & ~small[truth]
+        found *= (np.bincount(found.ravel()) >= self.smallest[0])[found]
+        shape = truth.max() + 1, found.max() + 1
+        joint = np.bincount((truth * shape[1] + found)[inside], minlength=shape[0] * shape[1])
+        joint = joint.reshape(shape)  # pixels of each true component and each predicted one, or 0
+        sizes, hit = joint[:, 1:].sum(0), joint[1:, 1:]  # of the predicted; truth and prediction
+        true = joint[1:].sum(1)
+        touched = hit > 0
+        common = hit.sum(1)
+        union = true + touched @ sizes - common
+        others = touched @ hit.sum(0) - common
+        siou, ppv = _ratio(common, union - others), _ratio(hit.sum(0), sizes)
+        return siou[true > 0], ppv[sizes > 0]
+
+    def compute(self) -> dict:
+        """-> siou, ppv, component_f1 (means over true components, over predicted ones, over tau),
+        true_components, predicted_components; NaN where there is none."""
+        tp, fn, fp = (self._numpy(name) for name in ("tp", "fn", "fp"))
+        n, means = self._numpy("n"), _ratio(self._numpy("sums"), self._numpy("n"))
+        f1 = float(_ratio(2 * tp, 2 * tp + fn + fp).mean())
+        counts = dict(true_components=int(n[0]), predicted_components=int(n[1]))
+        return dict(siou=float(means[0]), ppv=float(means[1]), component_f1=f1) | counts
+
 
 class SelectivePrediction(_ScoreHistogram):
     """What is left of the errors if only the most certain pixels are kept.

@@ -14,12 +14,15 @@ decoder's features: one pass for both.
     logits, uncertainty = network(images)              # uint8 RGB [B, 3, H, W]
 """
 
+import hashlib
 import io
+import json
 import math
 import os
 import pickle
 import platform
 import subprocess
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -36,6 +39,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPPConv, DeepLabHead
 BACKBONES = ("resnet18", "resnet50", "resnet101", "mobilenet_v3_large")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Size = tuple[int, int] | None  # (H, W); None: that of the input
+BLOCK = 2**18  # numbers of a block of rows in `predictive_statistics`: 1 MB
 MAX_STD = math.sqrt(0.5)  # largest unbiased std of values in [0, 1]: of two members, 0 and 1
 UNREADABLE = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, LookupError,
               TypeError, AttributeError)  # what torch.load answers to damaged bytes  # fmt: skip
@@ -191,20 +195,27 @@ def predictive_statistics(member_logits: Iterable[Tensor], expected_entropy=Fals
 
     Memory is that of four [B, C, H, W] tensors whatever M is. Plain sums of p and p^2 cancel where
     probabilities saturate (a std under 1e-3 is lost in float32), so both sums are taken of p - p_0,
-    the first member's p.
+    the first member's p. Rows go block by block: what a CPU's cache holds needs no memory.
     """
     count, entropy = 0, None
     for logits in member_logits:
-        p = logits.float().softmax(dim=1)
-        if expected_entropy:
-            h = torch.special.entr(p).sum(dim=1)  # [B, H, W]
-            entropy = h if entropy is None else entropy.add_(h)
         if count == 0:
-            first, shift, square = p, torch.zeros_like(p), torch.zeros_like(p)
-        else:
-            p.sub_(first)
-            shift.add_(p)
-            square.addcmul_(p, p)
+            first = torch.empty_like(logits, dtype=torch.float32)
+            shift, square = torch.zeros_like(first), torch.zeros_like(first)
+            entropy = torch.zeros_like(first[:, 0]) if expected_entropy else None
+            rows = max(1, BLOCK * logits.shape[2] // logits.numel())
+            starts = range(0, logits.shape[2], logits.shape[2] if logits.is_cuda else rows)
+            blocks = [slice(start, start + starts.step) for start in starts]
+        for block in blocks:
+            p = logits[:, :, block].float().softmax(dim=1)
+            if expected_entropy:
+                entropy[:, block] += torch.special.entr(p).sum(dim=1)  # [B, rows, W]
+            if count == 0:
+                first[:, :, block] = p
+            else:
+                p.sub_(first[:, :, block])
+                shift[:, :, block] += p
+                square[:, :, block].addcmul_(p, p)
         count += 1
     if count < 2:
         raise ModelError(f"predictive uncertainty needs at least 2 predictions, got {count}")
@@ -279,7 +290,8 @@ def read_tensors(path: str | Path) -> dict:
     if not path.is_file():
         raise ModelError(f"no such checkpoint: {path}; check the path, or train it first")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about files that are then refused
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         reason = reason if path.stat().st_size else "it is empty"
@@ -329,7 +341,8 @@ def member_files(teacher: list[str | Path]) -> list[Path]:
 
 
 def load_ensemble(teacher: list[str | Path], mc_samples: int = 0) -> tuple[Ensemble, dict]:
-    """The members of a folder or the named files, and the first one's checkpoint without `model`.
+    """The members of a folder or the named files, and the first one's checkpoint without `model`
+    but with `identity`, which tells how all of them were trained and what came of it.
 
     Raises ModelError where a folder lacks members that its training run had, or where members
     differ in backbone, classes or data, naming both files.
@@ -351,6 +364,8 @@ def load_ensemble(teacher: list[str | Path], mc_samples: int = 0) -> tuple[Ensem
     pairs = zip(checkpoints, files, strict=True)
     members = [build_model(checkpoint, path) for checkpoint, path in pairs]
     first = {key: value for key, value in checkpoints[0].items() if key != "model"}
+    trained = json.dumps([[one["args"], one.get("metrics")] for one in checkpoints])
+    first["identity"] = hashlib.sha256(trained.encode()).hexdigest()[:16]
     return Ensemble(members, mc_samples), first
 
 

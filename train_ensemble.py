@@ -27,11 +27,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils.data import DataLoader
 
 import data
 from data import IGNORED, VOID, Sample
-from evaluate import Parser, UsageError, autocast, choose_amp, choose_device, run, validate
+from evaluate import (
+    Parser,
+    UsageError,
+    autocast,
+    choose_amp,
+    choose_device,
+    line_chart,
+    locked,
+    run,
+    validate,
+)
 from model import (
     BACKBONES,
     DeepLabV3,
@@ -44,31 +55,38 @@ from model import (
 
 # One row a data set. lr, head_lr_mult and warmup (steps) are for pretrained weights; SCRATCH
 # replaces them without. scale: a view is resized by a factor from it. The student's alone: jitter
-# of the colours (the paper, VOC), views whose teacher targets are kept, epochs to a member's one.
+# of the colours (the paper, VOC), views whose teacher targets are kept, epochs to a member's one,
+# weight of the RMSLE (the paper: 1).
 RECIPES = {
     "synthetic": dict(backbone="resnet18", weights="none", epochs=2, batch_size=4,
                       crop_size=(96, 144), lr=0.1, head_lr_mult=1.0, weight_decay=5e-4,
                       warmup=10, scale=(1.0, 1.0), jitter=0.0, views=1,
-                      student=2.5),
+                      student=3, uncertainty_weight=2.0),
     "camvid": dict(backbone="resnet101", weights="imagenet", epochs=100, batch_size=8,
                    crop_size=(360, 480), lr=0.01, head_lr_mult=10.0, weight_decay=5e-4,
-                   warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5, student=1),
+                   warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5, student=1,
+                   uncertainty_weight=1.0),
     "cityscapes": dict(backbone="resnet101", weights="imagenet", epochs=200, batch_size=16,
                        crop_size=(768, 768), lr=0.01, head_lr_mult=10.0, weight_decay=5e-4,
-                       warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5, student=1),
+                       warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5, student=1,
+                       uncertainty_weight=1.0),
     "voc": dict(backbone="resnet101", weights="imagenet", epochs=100, batch_size=16,
                 crop_size=(512, 512), lr=0.001, head_lr_mult=10.0, weight_decay=1e-4,
-                warmup=0, scale=(0.5, 2.0), jitter=0.2, views=5, student=1),
+                warmup=0, scale=(0.5, 2.0), jitter=0.2, views=5, student=1,
+                uncertainty_weight=1.0),
     "folder": dict(backbone="resnet101", weights="imagenet", epochs=100, batch_size=8,
                    crop_size=(512, 512), lr=0.01, head_lr_mult=10.0, weight_decay=5e-4,
-                   warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5, student=1),
+                   warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5, student=1,
+                   uncertainty_weight=1.0),
 }  # fmt: skip
 SCRATCH = dict(lr=0.05, head_lr_mult=1.0, warmup=50)
-UNCERTAINTY_LR_MULT = 10.0  # the paper's for all heads; this one, a sigmoid near 0, always needs it
+# The paper's for all heads; this one, a sigmoid near 0, always needs it. Divided by the weight of
+# its loss, which is then for the shared features alone: the head's own steps stay as large.
+UNCERTAINTY_LR_MULT = 10.0
 ROLES = {"member": 0, "student": 1}
 # what may differ between a command and the run that it continues
 FREE = {"members", "member_ids", "workers", "device", "data", "save_every", "overwrite", "out",
-        "parallel"}  # fmt: skip
+        "parallel", "cache", "teacher"}  # of the teacher, its identity counts  # fmt: skip
 # what lies beside a checkpoint until it is finished; the targets are the student's
 UNFINISHED = (".state", ".targets.npy", ".targets.json")
 
@@ -105,13 +123,16 @@ def refuse_wrong_numbers(args: argparse.Namespace) -> None:
     """Raises UsageError naming the first flag whose value is out of range."""
     above_0 = ("epochs", "batch_size", "accumulate", "lr", "head_lr_mult", "save_every")
     from_0 = ("weight_decay", "warmup", "workers", "seed")
-    rules = [(key, getattr(args, key) > 0, "has to be positive") for key in above_0]
-    rules += [(key, getattr(args, key) >= 0, "cannot be negative") for key in from_0]
+    rules = [(key, 0 < getattr(args, key) < math.inf, "has to be positive and finite")
+             for key in above_0]  # fmt: skip
+    rules += [(key, 0 <= getattr(args, key) < math.inf, "cannot be negative or infinite")
+              for key in from_0]  # fmt: skip
     rules += [(key, min(getattr(args, key) or [1]) > 0, "has to be positive")
               for key in ("image_size", "crop_size")]  # fmt: skip
     rules += [("batch_size", args.batch_size > 1,
                "batch norm needs at least 2 images; use --accumulate to save memory"),
-              ("scale", 0 < args.scale[0] <= 1 <= args.scale[1], "needs 0 < LO <= 1 <= HI")]
+              ("scale", 0 < args.scale[0] <= 1 <= args.scale[1] < math.inf,
+               "needs 0 < LO <= 1 <= HI")]  # fmt: skip
     for key, fine, reason in rules:
         if not fine:
             value = getattr(args, key)
@@ -146,6 +167,8 @@ def open_splits(args: argparse.Namespace) -> list[data.SegmentationDataset]:
     common = {"image_size": args.image_size, "hold_out": args.hold_out}
     train_set, val_set = (data.open_dataset(args.dataset, args.data, split, **common)
                           for split in (args.split, "val"))  # fmt: skip
+    for dataset in (train_set, val_set) if args.cache else ():
+        data.keep_decoded(dataset, args.cache)
     classes = len(train_set.classes)
     print(f"{len(train_set)} training and {len(val_set)} validation images, {classes} classes")
     shown = [f"{k} {v}" for k, v in plain(args).items() if v not in (None, [], False)]
@@ -174,7 +197,17 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over the labelled pixels, 0 where there are none; [B, C, H, W] and uint8 [B, H, W]."""
     target = torch.where(labels == IGNORED, VOID, labels.long())
     total = F.cross_entropy(logits.float(), target, ignore_index=VOID, reduction="sum")
-    return total / (target != VOID).sum().clamp(min=1)
+    return sum_over_processes(total) / sum_over_processes((target != VOID).sum()).clamp(min=1)
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """The sum of x over a process group. Its gradient is that of this process's part: what a loss
+    made of such sums sends back adds up, over the group, to the gradient of the whole batch."""
+    if data.rank_and_world()[1] == 1:
+        return x
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total + (x - x.detach())
 
 
 def segmentation_loss(network: nn.Module, batch: Sample) -> tuple[Tensor, dict[str, Tensor]]:
@@ -189,12 +222,13 @@ def lr_factor(step: int, steps: int, warmup: int) -> float:
 
 def build_optimizer(model: DeepLabV3, args: argparse.Namespace) -> torch.optim.SGD:
     """SGD with momentum; `multiple` of a group is what its learning rate is to the base."""
+    weight = getattr(args, "uncertainty_weight", None) or 1.0  # a member has none
     multiples = {"backbone": 1.0, "classifier": args.head_lr_mult,
-                 "uncertainty": max(args.head_lr_mult, UNCERTAINTY_LR_MULT)}  # fmt: skip
+                 "uncertainty": max(args.head_lr_mult, UNCERTAINTY_LR_MULT) / weight}  # fmt: skip
     groups = [{"params": list(part.parameters()), "multiple": multiples[name]}
               for name, part in model.named_children()]  # fmt: skip
     settings = dict(momentum=0.9, weight_decay=args.weight_decay)
-    return torch.optim.SGD(groups, args.lr, fused=args.device.startswith("cuda"), **settings)
+    return torch.optim.SGD(groups, args.lr, fused=True, **settings)
 
 
 def fit(
@@ -211,24 +245,21 @@ def fit(
     device, optimizer = torch.device(args.device), build_optimizer(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     at = load_state(state_path, model, optimizer, scaler, args)
-    if at["epoch"] or at["batch"]:
-        print(f"{path.name}: continuing at epoch {at['epoch']}, batch {at['batch']}", flush=True)
-    network = torch.compile(model) if args.compile else model
+    rank, world = data.rank_and_world()
+    network = parallel(model, device)
+    network = torch.compile(network) if args.compile else network
 
     with noted_signals() as caught:
 
         def save() -> None:
             check_finite(at, train_loader.dataset.dataset)
-            save_atomically(state_path, at | {
+            write(state_path, at | {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(), "rng": torch.get_rng_state(), "args": plain(args),
-                "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+                "scaler": scaler.state_dict(), "args": plain(args), "rng": random_states(device),
             })  # fmt: skip
-            if caught:
-                without = " without --overwrite" if args.overwrite else ""
-                print(f"\n{path.stem}: saved at epoch {at['epoch']}, batch {at['batch']}; the same "
-                      f"command{without} continues from there", file=sys.stderr)  # fmt: skip
-                raise SystemExit(128 + caught[0])
+            if any_process(bool(caught), device):  # which waits until it is saved
+                say_how_to_continue(path, at, args)
+                raise SystemExit(128 + (caught or [signal.SIGTERM])[0])
 
         while at["epoch"] < args.epochs:
             model.train()
@@ -236,27 +267,81 @@ def fit(
             progress, saved = Progress(path.stem, at, args, len(batches)), time.monotonic()
             for _ in train_steps(network, loss_fn, train_loader, optimizer, scaler, args, at):
                 progress.show(at, optimizer.param_groups[0]["lr"])
-                if caught or time.monotonic() - saved > 60 * args.save_every:
+                due = bool(caught) or time.monotonic() - saved > 60 * args.save_every
+                # a group asks all of its processes, where it waits for the losses anyway
+                if due if world == 1 else not at["recent"] and any_process(due, device):
                     save()
                     saved = time.monotonic()
+            share_statistics(model)
             scores = validate(model, val_loader, len(config["classes"]), device, args.amp)
             at["history"].append(progress.epoch(at, scores, optimizer.param_groups[0]["lr"]))
             if args.select == "best" and kept_epoch(at["history"], "best") is at["history"][-1]:
                 copy = {name: value.clone() for name, value in model.state_dict().items()}
                 at["best"] = {"miou": scores["miou"], "model": copy}
             at.update(epoch=at["epoch"] + 1, batch=0, sums={}, seen=0)
-            log = "".join(json.dumps(entry) + "\n" for entry in at["history"])
-            save_atomically(path.with_suffix(".jsonl"), log)
+            write(path.with_suffix(".jsonl"), "".join(json.dumps(e) + "\n" for e in at["history"]))
             save()
 
     weights = at["best"]["model"] if args.select == "best" else model.state_dict()
     kept = kept_epoch(at["history"], args.select)
-    save_atomically(path, {
+    write(path, {
         "model": {name: value.cpu() for name, value in weights.items()},
         "config": config, "args": plain(args), "versions": versions(),
         "metrics": {key: kept[key] for key in ("miou", "pixel_accuracy", "loss")},
     })  # fmt: skip
-    remove(path, UNFINISHED)
+    if rank == 0:
+        remove(path, UNFINISHED)
+
+
+def write(path: Path, content: dict | str) -> None:
+    """`save_atomically`, by the first process of a group alone."""
+    if data.rank_and_world()[0] == 0:
+        save_atomically(path, content)
+
+
+def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model as it trains in a process group: gradients summed, statistics of batch norm those
+    of all processes on GPUs (a CPU knows only its own)."""
+    if data.rank_and_world()[1] == 1:
+        return model
+    devices = None
+    if device.type == "cuda":
+        model, devices = nn.SyncBatchNorm.convert_sync_batchnorm(model), [device]
+    return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+
+def say_how_to_continue(path: Path, at: dict, args: argparse.Namespace) -> None:
+    without = " without --overwrite" if args.overwrite else ""
+    if data.rank_and_world()[0] == 0:
+        print(f"\n{path.stem}: saved at epoch {at['epoch']}, batch {at['batch']}; the same command"
+              f"{without} continues from there", file=sys.stderr)  # fmt: skip
+
+
+def share_statistics(model: nn.Module) -> None:
+    """The first process's statistics of batch norm for all of a group."""
+    for buffer in model.buffers() if data.rank_and_world()[1] > 1 else ():
+        dist.broadcast(buffer, 0)
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is true in a process of the group; waits for all of them."""
+    if data.rank_and_world()[1] == 1:
+        return flag
+    shared = torch.tensor(int(flag), device=device)
+    dist.all_reduce(shared)
+    return bool(shared.item())
+
+
+def random_states(device: torch.device) -> list[list[Tensor]]:
+    """The state of the generators of every process: the CPU's, and the GPU's where it is used."""
+    own = [torch.get_rng_state()]
+    if device.type == "cuda":
+        own.append(torch.cuda.get_rng_state(device))
+    states = [None] * data.rank_and_world()[1]
+    if len(states) == 1:
+        return [own]
+    dist.all_gather_object(states, own)
+    return states
 
 
 def kept_epoch(history: list[dict], select: str) -> dict:
@@ -268,6 +353,7 @@ def train_steps(network: nn.Module, loss_fn, loader, optimizer, scaler, args, at
     """The rest of epoch at["epoch"] from batch at["batch"] on; yields after every optimiser step,
     `at` up to date. A step takes `--accumulate` batches, an epoch's last one what is left."""
     device, batches = torch.device(args.device), loader.batch_sampler
+    world = data.rank_and_world()[1]
     steps = math.ceil(len(batches) / args.accumulate)  # an epoch
     for batch in loader:
         first = at["batch"] - at["batch"] % args.accumulate
@@ -275,12 +361,12 @@ def train_steps(network: nn.Module, loss_fn, loader, optimizer, scaler, args, at
         batch = Sample(*(field.to(device, non_blocking=True) for field in batch))
         with autocast(device, args.amp):
             loss, logs = loss_fn(network, batch)
-        scaler.scale(loss / size).backward()
+        scaler.scale(loss * world / size).backward()  # the group takes the mean over processes
         for name, value in {"loss": loss, **logs}.items():
             at["sums"][name] = at["sums"].get(name, 0) + value.detach()
         at["recent"].append((at["batch"], batch.index, loss.detach()))
         at["batch"] += 1
-        at["seen"] += len(batch.images)
+        at["seen"] += len(batch.images) * world
         if at["batch"] < first + size:
             continue
         # reading a loss waits for the GPU: now and then; on a CPU before the weights take harm
@@ -319,12 +405,35 @@ def load_state(path: Path, model: nn.Module, optimizer, scaler, args) -> dict:
     optimizer.load_state_dict(state["optimizer"])
     if args.amp == "fp16":
         scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["rng"])
-    if state["cuda_rng"] is not None and torch.device(args.device).type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_rng"], args.device)
+    rank, world = data.rank_and_world()
+    if len(state["rng"]) != world:
+        raise UsageError(f"{path} was begun by {len(state['rng'])} processes, now there are "
+                         f"{world}; use as many, or --overwrite to start anew")  # fmt: skip
+    on_cpu, *on_gpu = state["rng"][rank]
+    torch.set_rng_state(on_cpu)
+    if on_gpu and torch.device(args.device).type == "cuda":
+        torch.cuda.set_rng_state(*on_gpu, args.device)
     at |= {key: state[key] for key in at}
     at["sums"] = {name: value.to(args.device) for name, value in at["sums"].items()}
+    print(f"{path.stem}: continuing at epoch {at['epoch']}, batch {at['batch']}", flush=True)
     return at
+
+
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """Under torchrun, the group that shares the work; its first process speaks for all."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+        stack.callback(dist.destroy_process_group)
+        if dist.get_rank():
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield
 
 
 @contextlib.contextmanager
@@ -364,7 +473,7 @@ class Progress:
 
     def show(self, at: dict, lr: float) -> None:
         now = time.monotonic()
-        if not sys.stderr.isatty() or now - self.shown < 0.5:
+        if not sys.stderr.isatty() or data.rank_and_world()[0] or now - self.shown < 0.5:
             return
         self.shown, seconds = now, now - self.start
         batches_left = (self.args.epochs - at["epoch"]) * self.batches - at["batch"]
@@ -415,7 +524,12 @@ def build(
     torch.manual_seed(key[0])
     model = DeepLabV3(args.backbone, classes, measures)
     print(load_weights(model, args.weights, args.backbone), flush=True)
-    return model.to(args.device, memory_format=torch.channels_last)
+    if rank := data.rank_and_world()[0]:  # the same weights, but dropout of its own
+        torch.manual_seed(key[0] + rank)
+    # measured: channels_last is the faster layout on a GPU, the slower one on a CPU
+    cuda = args.device.startswith("cuda")
+    return model.to(args.device, memory_format=(
+        torch.channels_last if cuda else torch.contiguous_format))
 
 
 def loaders(args, train_set, val_set, key: list[int], views: int = 0, jitter: float = 0.0):
@@ -431,15 +545,33 @@ def loaders(args, train_set, val_set, key: list[int], views: int = 0, jitter: fl
     )
 
 
+def draw_curves(folder: Path) -> None:
+    """curves.svg: loss and validation mIoU by epoch of all members that are in the folder."""
+    charts, logs = [], {}
+    for path in sorted(folder.glob("member_[0-9]*.jsonl")):
+        logs[path.stem] = [json.loads(line) for line in path.read_text().splitlines()]
+    for key, title in (("loss", "Training loss"), ("miou", "Validation mIoU")):
+        series = [(name, [entry["epoch"] for entry in log], [entry[key] for entry in log], i % 4,
+                   i // 4 % 3) for i, (name, log) in enumerate(logs.items())]  # fmt: skip
+        charts.append(line_chart(title, series, "epoch", key, (None, None, 0, None)))
+    side_by_side = "".join(chart.replace("<svg ", f'<svg x="{430 * i}" width="420" ', 1)
+                           for i, chart in enumerate(charts))  # fmt: skip
+    height = int(charts[0].split('viewBox="0 0 ')[1].split('"')[0].split()[1])
+    save_atomically(folder / "curves.svg", (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-8 -8 866 {height + 16}" width="866" '
+        f'color="#444" style="background:#fff">{side_by_side}</svg>\n'))
+
+
 def train_members(args: argparse.Namespace, paths: dict[int, Path], train_set, val_set) -> None:
     for member, path in paths.items():
-        if is_finished(path, args):
-            continue
-        key = stream(args.seed, "member", member)
-        model = build(args, key, len(train_set.classes))
-        config = describe(train_set, args, args.members)
-        train_loader, val_loader = loaders(args, train_set, val_set, key)
-        fit(model, segmentation_loss, train_loader, val_loader, args, path, config)
+        with locked(path):
+            if is_finished(path, args):
+                continue
+            key = stream(args.seed, "member", member)
+            model = build(args, key, len(train_set.classes))
+            config = describe(train_set, args, args.members)
+            both = loaders(args, train_set, val_set, key)
+            fit(model, segmentation_loss, *both, args, path, config)
 
 
 def train_in_processes(args: argparse.Namespace, paths: dict[int, Path], *splits) -> None:
@@ -476,26 +608,30 @@ def main(args: argparse.Namespace) -> None:
     # ---------------------------------------------------------------- what will be done
     if args.members < 1:
         raise UsageError(f"--members {args.members}: has to be at least 1")
-    ids = list(range(args.members)) if args.member_ids is None else args.member_ids
+    ids = list(range(args.members)) if args.member_ids is None else sorted({*args.member_ids})
     if wrong := [i for i in ids if not 0 <= i < args.members]:
         raise UsageError(f"--member-ids {wrong[0]}: the {args.members} members of this run are "
                          f"0..{args.members - 1}")  # fmt: skip
     resolve(args, RECIPES[args.dataset])
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.parallel is None:  # by the command alone: a restart has the same threads, so same bits
-        several = args.members > 1 and torch.get_num_threads() > 1
+        several = args.members > 1 and torch.get_num_threads() > 1 and world == 1
         args.parallel = 2 if several and args.device == "cpu" else 1
     if args.parallel < 1:
         raise UsageError(f"--parallel {args.parallel}: has to be at least 1")
     train_set, val_set = open_splits(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    paths = {member: args.out / f"member_{member:02d}.pt" for member in ids}
+    # torchrun's processes get every so many members each, and do not speak to each other
+    paths = {member: args.out / f"member_{member:02d}.pt" for member in ids[rank::world]}
     if args.overwrite:  # all of them now: what is there later on is of this run
         for path in paths.values():
-            remove(path, (".pt", ".jsonl", *UNFINISHED))
+            with locked(path):
+                remove(path, (".pt", ".jsonl", *UNFINISHED))
 
     # ---------------------------------------------------------------- members
     side_by_side = train_in_processes if args.parallel > 1 else train_members
     side_by_side(args, paths, train_set, val_set)
+    draw_curves(args.out)
     print(f"{len(paths)} members in {args.out}; next: python distill.py --teacher {args.out}")
 
 
@@ -515,6 +651,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
               "the dilated convolutions untrained which the whole image uses, at a cost in mIoU")
     flag("--scale", type=float, nargs=2, metavar=("LO", "HI"),
          help="a view is resized by a factor, half of the draws in [LO, 1], half in [1, HI]")
+    flag("--cache", type=Path, metavar="DIR", help="keep decoded images there, 4 bytes a pixel, "
+         "which load several times faster")
     flag("--workers", type=int, help="processes that load (default: 0 on a CPU, else up to 8)")
     flag = parser.add_argument_group("network").add_argument
     flag("--weights", help="imagenet (downloaded), none, or a state-dict file for the backbone")

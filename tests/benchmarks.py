@@ -1,18 +1,34 @@
-"""Benchmarks, by section: python tests/benchmarks.py [metrics ...] --device cuda
+"""Benchmarks: python tests/benchmarks.py [loader teacher distill inference train metrics]
 
-Not collected by pytest. Each section prints a table; without a name all of them run. Figures hold
-for one machine and its state: compare only what one run prints.
+Not collected by pytest. Each section prints a table; without a name all of them run. Project and
+published way run in one process and take turns; times are medians. Figures hold for one machine
+and its state: compare only what one run prints.
 """
 
 import argparse
+import os
+import statistics
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data
+import distill
+import evaluate
 import metrics as m
+import train_ensemble
+from model import IMAGENET_MEAN, IMAGENET_STD, DeepLabV3, Ensemble, predictive_statistics
+
+# ------------------------------------------------------------------ measuring
 
 
 def seconds(function, device: torch.device, repeats: int = 1, warmup: int = 0) -> float:
@@ -29,6 +45,66 @@ def seconds(function, device: torch.device, repeats: int = 1, warmup: int = 0) -
     return (time.perf_counter() - start) / repeats
 
 
+class PeakMemory:
+    """Megabytes above what is held at the beginning: the allocator's on CUDA, the process's on a
+    CPU, looked at every half millisecond."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.peak, self.stop = device, 0.0, threading.Event()
+
+    def now(self) -> float:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    def watch(self) -> None:
+        while not self.stop.wait(0.0005):
+            self.peak = max(self.peak, self.now() - self.before)
+
+    def __enter__(self) -> "PeakMemory":
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device) / 1e6
+        else:
+            self.before = self.now()
+            self.thread = threading.Thread(target=self.watch, daemon=True)
+            self.thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(self.device) / 1e6 - self.before
+        else:
+            self.stop.set()
+            self.thread.join()
+
+
+def take_turns(candidates: dict, device: torch.device, turns: int) -> dict[str, list[float]]:
+    """Seconds of each of `turns` calls of every candidate, after one call to warm up."""
+    spent = {name: [] for name in candidates}
+    for turn in range(turns + 1):
+        for name, function in candidates.items():
+            once = seconds(function, device)
+            if turn:
+                spent[name].append(once)
+    return spent
+
+
+def print_comparison(title, spent, reference, memory=None, agrees="") -> None:
+    """Medians, the ratio to the candidate `reference`, spread, and peak memory."""
+    rows = []
+    for name, times in spent.items():
+        median = statistics.median(times)
+        ratio = statistics.median(spent[reference]) / median
+        spread = f"{1000 * min(times):,.1f}-{1000 * max(times):,.1f}"
+        held = [memory[name]] if memory else []
+        rows.append([name, 1000 * median, spread, f"{ratio:.2f}x", *held])
+    header = ["", "ms", f"of {len(times)}", "faster"] + (["peak MB"] if memory else [])
+    print_table(title, header, rows)
+    if agrees:
+        print(agrees)
+
+
 def print_table(title: str, header: list[str], rows: list[list]) -> None:
     """First column to the left, the others to the right."""
     cells = [header] + [[x if isinstance(x, str) else f"{x:,.2f}" for x in row] for row in rows]
@@ -37,6 +113,278 @@ def print_table(title: str, header: list[str], rows: list[list]) -> None:
     for row in cells:
         rest = "".join(f"  {x:>{w}}" for x, w in zip(row[1:], widths[1:], strict=True))
         print(f"{row[0]:<{widths[0]}}{rest}", flush=True)
+
+
+# ------------------------------------------------------------------ loader
+
+
+def write_cityscapes(root: Path, count: int) -> None:
+    """Frames of 1024 x 2048 in the publisher's layout, as smooth and as noisy as photographs."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        stem = f"train/city/city_{number:06d}_000000"
+        smooth = Image.fromarray(rng.integers(0, 256, (16, 32, 3)).astype(np.uint8))
+        pixels = np.asarray(smooth.resize((2048, 1024), Image.Resampling.BICUBIC)).astype(int)
+        pixels = (pixels + rng.normal(0, 2, pixels.shape)).clip(0, 255).astype(np.uint8)
+        ids = np.kron(rng.integers(0, 34, (16, 32)), np.ones((64, 64), int)).astype(np.uint8)
+        for place, content in ((f"leftImg8bit/{stem}_leftImg8bit.png", pixels),
+                               (f"gtFine/{stem}_gtFine_labelIds.png", ids)):  # fmt: skip
+            (root / place).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(content).save(root / place)
+
+
+def published_sample(image: Path, mask: Path, rng, crop: int):
+    """Decode, map labels class by class, normalise, resize the whole, pad, crop, flip; floats."""
+    pixels = torch.from_numpy(np.array(Image.open(image).convert("RGB")))
+    pixels = pixels.permute(2, 0, 1).float() / 255
+    mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+    pixels = (pixels - mean) / std
+    ids = np.array(Image.open(mask))
+    labels = np.full(ids.shape, 255, np.uint8)
+    for label, raw in enumerate(data.CITYSCAPES_IDS):
+        labels[ids == raw] = label
+    scale = rng.uniform(0.5, 1) if rng.random() < 0.5 else rng.uniform(1, 2)
+    size = [round(scale * side) for side in ids.shape]
+    pixels = F.interpolate(pixels[None], size, mode="bilinear")[0]
+    labels = torch.from_numpy(labels)[None, None].float()
+    labels = F.interpolate(labels, size, mode="nearest")[0, 0].long()
+    missing = [max(0, crop - side) for side in size]
+    pixels = F.pad(pixels, (0, missing[1], 0, missing[0]))
+    labels = F.pad(labels, (0, missing[1], 0, missing[0]), value=255)
+    top, left = (int(rng.integers(side - crop + 1)) for side in labels.shape)
+    place = slice(top, top + crop), slice(left, left + crop)
+    pixels, labels = pixels[:, *place], labels[place]
+    return (pixels.flip(-1), labels.flip(-1)) if rng.random() < 0.5 else (pixels, labels)
+
+
+def bench_loader(args: argparse.Namespace) -> None:
+    """One training sample of 768 x 768 from PNG frames of 1024 x 2048."""
+    with tempfile.TemporaryDirectory() as folder:
+        root, count, rng = Path(folder), 8, np.random.default_rng(1)
+        write_cityscapes(root, count)
+        plain, cached = (data.open_dataset("cityscapes", root, "train") for _ in range(2))
+        data.keep_decoded(cached, root / "cache")
+        views = {"from files": data.TrainingViews(plain, (768, 768), (0.5, 2.0), [1, 2, 3]),
+                 "from --cache": data.TrainingViews(cached, (768, 768), (0.5, 2.0), [1, 2, 3])}
+        spent = {name: [] for name in ("published", *views)}
+        agree = True
+        for epoch in range(5):
+            for index in range(count):
+                begin = time.perf_counter()
+                published_sample(plain.images[index], plain.masks[index], rng, 768)
+                spent["published"].append(time.perf_counter() - begin)
+                samples = []
+                for name, view in views.items():
+                    begin = time.perf_counter()
+                    samples.append(view[epoch, index])
+                    spent[name].append(time.perf_counter() - begin)
+                agree &= all(torch.equal(*map(torch.as_tensor, pair))
+                             for pair in zip(*samples, strict=True))  # fmt: skip
+    print_comparison("loader: a sample of 768 x 768 from PNG of 1024 x 2048, one process", spent,
+                     "published", agrees=f"samples from files and from --cache are equal: {agree}")
+
+
+# ------------------------------------------------------------------ teacher
+
+
+def published_statistics(logits: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """All members stacked, softmax twice, the predicted class's std picked class by class."""
+    stacked = torch.stack(logits)  # [M, B, C, H, W]
+    probs = stacked.softmax(dim=2).mean(dim=0)
+    std = stacked.softmax(dim=2).std(dim=0)
+    prediction, u = probs.argmax(dim=1), torch.zeros_like(probs[:, 0])
+    for c in range(probs.shape[1]):
+        u = torch.where(prediction == c, std[:, c], u)
+    return probs, u
+
+
+def bench_teacher(args: argparse.Namespace) -> None:
+    """Mean and predictive uncertainty of 10 members' logits, one crop of 768 x 768, 19 classes."""
+    device = torch.device(args.device)
+    generator = torch.Generator(device).manual_seed(0)
+    logits = [4 * torch.randn(1, 19, 768, 768, device=device, generator=generator)
+              for _ in range(10)]  # fmt: skip
+    ways = {"published": lambda: published_statistics(logits),
+            "project": lambda: predictive_statistics(iter(logits))}  # fmt: skip
+    memory, results = {}, {}
+    for name, way in ways.items():
+        way()
+        with PeakMemory(device) as held:
+            results[name] = way()
+        memory[name] = held.peak
+    (probs, u), (mean, std, _) = results.values()
+    same = probs.argmax(dim=1) == mean.argmax(dim=1)  # but for rounding, where two classes tie
+    difference = max((probs - mean).abs().max().item(), (u - std)[same].abs().max().item())
+    spent = take_turns(ways, device, 5)
+    share = memory["project"] / memory["published"]
+    print_comparison("teacher: statistics of 10 members, 768 x 768, 19 classes", spent, "published",
+                     memory, f"peak memory above the inputs {share:.2f} of the published way's; "
+                     f"largest difference {difference:.1e}, {int((~same).sum())} ties apart")
+
+
+# ------------------------------------------------------------------ distill
+
+
+class Distillation:
+    """A student of 10 resnet18 members on 64 images of 120 x 160 and 16 to validate on."""
+
+    def __init__(self, views: int, folder: Path, device: torch.device):
+        torch.manual_seed(0)
+        self.device, self.epoch = device, 0
+        members = [DeepLabV3("resnet18", 11) for _ in range(10)]
+        self.teacher = Ensemble(members).to(device)
+        self.student = DeepLabV3("resnet18", 11, ("std",)).to(device)
+        self.scenes = data.SyntheticScenes("train", (120, 160))
+        self.scenes.names = self.scenes.names[:64]
+        self.val = data.SyntheticScenes("val", (120, 160))
+        self.val.names = self.val.names[:16]
+        sampled = data.TrainingViews(self.scenes, (120, 160), (0.5, 2.0), [1, 2, 3], views)
+        self.loader = data.training_loader(sampled, 8, 0, device)
+        self.val_loader = data.evaluation_loader(self.val, 8, 0, device)
+        self.args = argparse.Namespace(device=str(device), amp="off", accumulate=1, epochs=40,
+                                       warmup=0, lr=0.05, head_lr_mult=1.0,
+                                       weight_decay=5e-4)  # fmt: skip
+        self.optimizer = train_ensemble.build_optimizer(self.student, self.args)
+        shape = (views, 64, 120, 160)
+        name = folder / f"{views}.npy"
+        self.cache = distill.TargetCache(name, shape, {}) if views else None
+
+    def run(self, loss_fn) -> None:
+        self.student.train()
+        self.loader.batch_sampler.epoch = self.epoch
+        at = {"epoch": self.epoch, "batch": 0, "seen": 0, "sums": {}, "recent": []}
+        scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+        for _ in train_ensemble.train_steps(self.student, loss_fn, self.loader, self.optimizer,
+                                            scaler, self.args, at):  # fmt: skip
+            pass
+        self.epoch += 1
+
+    def project(self) -> None:
+        """An epoch as distill.py runs it."""
+        self.run(distill.distillation_loss(self.teacher, self.cache, 1.0, "off"))
+        evaluate.validate(self.student, self.val_loader, 11, self.device, "off")
+
+    @torch.inference_mode()
+    def stacked(self, images: torch.Tensor) -> torch.Tensor:
+        return published_statistics([member(images).logits for member in self.teacher.members])[1]
+
+    def published(self) -> None:
+        """An epoch with a stacked teacher online, which also sees every validation image."""
+
+        def loss_fn(network: nn.Module, batch):
+            target = self.stacked(batch.images).clone()
+            prediction = network(batch.images)
+            ce = train_ensemble.cross_entropy(prediction.logits, batch.labels)
+            valid = batch.labels != data.IGNORED
+            return ce + distill.rmsle(prediction.uncertainty[:, 0], target, valid), {}
+
+        self.run(loss_fn)
+        for runs in self.val_loader:
+            for batch in runs:
+                self.stacked(batch.image.to(self.device))
+        evaluate.validate(self.student, self.val_loader, 11, self.device, "off")
+
+
+def bench_distill(args: argparse.Namespace) -> None:
+    """Epochs of distillation: the published way, a view that is new, and one whose targets are
+    kept; what they add up to over 40 and 200 epochs at the default --views."""
+    device, views = torch.device(args.device), train_ensemble.RECIPES["camvid"]["views"]
+    with tempfile.TemporaryDirectory() as folder:
+        published = Distillation(0, Path(folder), device)
+        project = Distillation(views, Path(folder), device)
+        spent = {"published": [], "new view": [], "kept targets": []}
+        for turn in range(4):
+            once = seconds(published.published, device)
+            project.epoch = turn  # a view that was not met yet
+            fresh = seconds(project.project, device)
+            project.epoch = views + turn  # and again
+            kept = seconds(project.project, device)
+            if turn:
+                for name, value in zip(spent, (once, fresh, kept), strict=True):
+                    spent[name].append(value)
+    print_comparison("distill: an epoch, 64 images of 120 x 160, 10 members", spent, "published")
+    old, new, kept = (statistics.median(times) for times in spent.values())
+    for epochs in (40, 200):
+        total = views * new + (epochs - views) * kept
+        print(f"{epochs} epochs, --views {views}: {old * epochs:,.0f} s published, {total:,.0f} s "
+              f"here, {old * epochs / total:.2f}x faster (from these medians)")
+
+
+# ------------------------------------------------------------------ inference and training
+
+
+def bench_inference(args: argparse.Namespace) -> None:
+    """A member, the teacher of 10 and the student on one 256 x 512 image, as --benchmark does."""
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    members = [DeepLabV3("resnet18", 19).eval() for _ in range(10)]
+    networks = {"student": DeepLabV3("resnet18", 19, ("std",)).eval(), "teacher": Ensemble(members)}
+    for network in networks.values():
+        network.to(device)
+    settings = argparse.Namespace(device=args.device, batch_size=1,
+                                  amp=evaluate.choose_amp("auto", device))  # fmt: skip
+    image = torch.zeros(3, 256, 512, dtype=torch.uint8)
+    figures = evaluate.benchmark(networks, image, settings)
+    base = figures["member"]["ms_per_image"]
+    rows = [[name, f["parameters"] / 1e6, f["ms_per_image"], f"{f['ms_per_image'] / base:.3f}"]
+            for name, f in figures.items()]  # fmt: skip
+    print_table("inference: 256 x 512, resnet18, 19 classes, eager",
+                ["", "M parameters", "ms per image", "of a member"], rows)  # fmt: skip
+
+
+def bench_train(args: argparse.Namespace) -> None:
+    """A student's training step as it is configured on this device, and the alternatives."""
+    device = torch.device(args.device)
+    cuda = device.type == "cuda"
+    size, batch, backbone = ((768, 768), 16, "resnet101") if cuda else ((180, 240), 4, "resnet18")
+    images = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, device=device)
+    labels = torch.randint(0, 19, (batch, *size), dtype=torch.uint8, device=device)
+    target = torch.rand(batch, *size, device=device) / 2
+
+    def step(layout, amp, compiled, fused):
+        torch.manual_seed(0)
+        model = DeepLabV3(backbone, 19, ("std",)).to(device, memory_format=layout)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=fused)
+        network = torch.compile(model) if compiled else model
+
+        def once():
+            with evaluate.autocast(device, amp):
+                logits, u = network(images)
+            loss = train_ensemble.cross_entropy(logits, labels)
+            loss = loss + distill.rmsle(u[:, 0], target, labels != data.IGNORED)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return once
+
+    last, first = torch.channels_last, torch.contiguous_format
+    if cuda:
+        ways = {"default": step(last, "bf16", True, True), "eager": step(last, "bf16", False, True),
+                "float32": step(last, "off", True, True),
+                "contiguous": step(first, "bf16", True, True)}  # fmt: skip
+    else:
+        ways = {"default": step(first, "off", False, True),
+                "SGD not fused": step(first, "off", False, False),
+                "channels_last": step(last, "off", False, True),
+                "bf16": step(first, "bf16", False, True)}  # fmt: skip
+    spent = take_turns(ways, device, 20 if cuda else 5)
+    title = f"train: a step of {batch} images of {size[0]} x {size[1]}, {backbone}"
+    print_comparison(title, spent, "default")
+    if cuda:
+        per_image = 1000 * statistics.median(spent["default"]) / batch
+        print(f"{per_image:.2f} ms an image, {6.2 / per_image:.0%} of the floor of 6.2 ms (H200)")
+        print_ceilings(device)
+
+
+def print_ceilings(device: torch.device) -> None:
+    """What the device reaches itself: a large bf16 product and a large copy."""
+    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    product = seconds(lambda: a @ a, device, 20, 5)
+    big = torch.empty(2**30, dtype=torch.uint8, device=device)
+    copy = seconds(big.clone, device, 20, 5)
+    print(f"{torch.cuda.get_device_name(device)}: {2 * 8192**3 / product / 1e12:.0f} TFLOP/s bf16, "
+          f"{2 * 2**30 / copy / 1e12:.2f} TB/s")
 
 
 # ------------------------------------------------------------------ metrics
@@ -120,7 +468,8 @@ def bench_metrics(args: argparse.Namespace) -> None:
     )
 
 
-SECTIONS = {"metrics": bench_metrics}
+SECTIONS = {"loader": bench_loader, "teacher": bench_teacher, "distill": bench_distill,
+            "inference": bench_inference, "train": bench_train, "metrics": bench_metrics}
 
 
 def get_args_parser() -> argparse.ArgumentParser:

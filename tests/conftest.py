@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import distill
 import evaluate
 import train_ensemble
+from model import read_checkpoint
 
 
 def scene(rng, size=(40, 56), classes=4):
@@ -61,6 +63,11 @@ def small(folder, *more):
     return ("--dataset", "folder", "--data", folder, "--backbone", "resnet18", "--weights", "none",
             "--crop-size", 32, 32, "--batch-size", 2, "--epochs", 2, "--device", "cpu",
             "--parallel", 1, *more)  # fmt: skip
+
+
+def weights(path):
+    """All weights of a checkpoint in one row."""
+    return torch.cat([v.flatten().double() for v in read_checkpoint(path)["model"].values()])
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Readers on files in the publishers' layouts, training views, loaders, the drawn scenes."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -370,7 +372,7 @@ def test_ood_scenes_have_masks():
 
 def test_pasted_objects_are_where_the_mask_says(folder):
     dataset = open_dataset("folder", folder, "val", hold_out=["class 1"])
-    pasted = data.open_ood("pasted", dataset)
+    pasted = data.open_ood("pasted", dataset).dataset
     for index in range(len(dataset)):
         plain, labels, _ = dataset[index]
         image, mask, _ = pasted[index]
@@ -378,5 +380,66 @@ def test_pasted_objects_are_where_the_mask_says(folder):
         assert (mask == 1).any() and ((mask == VOID) == ((labels >= IGNORED) & (mask != 1))).all()
         changed = (image != plain).any(dim=0)
         assert changed[mask == 1].float().mean() > 0.8
-    with pytest.raises(DataError, match="no such set"):
-        data.open_ood("elsewhere", dataset)
+
+
+# ------------------------------------------------------------------------------ cache
+
+
+def test_decoded_files_change_no_sample(tmp_path, folder):
+    image, labels = scene(np.random.default_rng(1), (61, 33))
+    save(folder / "images/train/odd.png", image)
+    save(folder / "labels/train/odd.png", labels)
+    plain, cached = (open_dataset("folder", folder, "train", image_size=(50, 70)) for _ in "ab")
+    data.keep_decoded(cached, tmp_path / "cache")
+    size = sum(Image.open(path).size[0] * Image.open(path).size[1] * 4 for path in plain.images)
+    (kept,) = (tmp_path / "cache").glob("*.bin")
+    assert kept.stat().st_size == size
+    cached = pickle.loads(pickle.dumps(cached))  # as for a worker
+    assert cached.decoded.bytes is None
+    for index in range(len(plain)):
+        for one, other in zip(plain[index], cached[index], strict=True):
+            assert one == other if isinstance(one, int) else torch.equal(one, other)
+        for one, other in zip(
+            views(plain, (24, 40))[3, index], views(cached, (24, 40))[3, index], strict=True
+        ):
+            assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+
+
+def test_a_changed_file_makes_the_cache_anew(tmp_path, folder):
+    def sample():
+        dataset = open_dataset("folder", folder, "val")
+        data.keep_decoded(dataset, tmp_path)
+        return dataset[0].image
+
+    before = sample()
+    stamp = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.bin")}
+    assert torch.equal(sample(), before)  # read, not made again
+    assert stamp == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.bin")}
+    image = np.asarray(Image.open(folder / "images/val/0.png"))
+    save(folder / "images/val/0.png", 255 - image)
+    assert torch.equal(sample(), 255 - before)
+
+
+def test_a_cache_that_could_not_be_finished_leaves_nothing(tmp_path, folder):
+    dataset = open_dataset("folder", folder, "val")
+    (folder / "images/val/2.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="2.png"):
+        data.keep_decoded(dataset, tmp_path / "cache")
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
+    with pytest.raises(DataError, match="drawn scenes"):
+        data.keep_decoded(data.SyntheticScenes("val"), tmp_path)
+
+
+def fill(number, folder, cache):
+    dataset = open_dataset("folder", folder, "train")
+    data.keep_decoded(dataset, cache)
+    np.save(cache / f"process{number}.npy", dataset[4].image.numpy())
+
+
+def test_two_processes_share_a_cache(tmp_path, folder):
+    cache = tmp_path / "cache"
+    torch.multiprocessing.spawn(fill, (folder, cache), nprocs=2)
+    assert len(list(cache.glob("folder-*.bin"))) == len(list(cache.glob("folder-*.npy"))) == 1
+    expected = open_dataset("folder", folder, "train")[4].image.numpy()
+    for number in range(2):
+        np.testing.assert_array_equal(np.load(cache / f"process{number}.npy"), expected)

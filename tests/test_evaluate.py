@@ -1,5 +1,6 @@
 """The evaluation: metrics.json against brute force, panels, predictions, what is refused."""
 
+import argparse
 import json
 
 import numpy as np
@@ -10,6 +11,12 @@ from PIL import Image
 import evaluate
 from data import open_dataset
 from model import load_ensemble, load_model
+
+
+def both(ckpts, *more):
+    """Flags that evaluate the student and its teacher."""
+    student = ckpts / "student.pt"
+    return ["--student", student, "--teacher", ckpts, "--device", "cpu", *more]
 
 
 def test_metrics_json_equals_brute_force(trained, command, tmp_path):
@@ -77,16 +84,7 @@ def test_metrics_json_equals_brute_force(trained, command, tmp_path):
 def test_batch_size_changes_no_count(trained, command, tmp_path):
     _, ckpts = trained
     for size in (1, 3):
-        flags = [
-            "--student",
-            ckpts / "student.pt",
-            "--teacher",
-            ckpts,
-            "--device",
-            "cpu",
-            "--out",
-            tmp_path / str(size),
-        ]
+        flags = both(ckpts, "--out", tmp_path / str(size))
         assert command("evaluate", *flags, "--batch-size", size)[0] == 0
     one, three = (json.loads((tmp_path / s / "metrics.json").read_text()) for s in "13")
     assert one["segmentation"]["student"]["miou"] == pytest.approx(
@@ -144,17 +142,7 @@ def test_held_out_classes_are_anomalies(folder, command, tmp_path):
     assert command("distill", "--teacher", ckpts, "--device", "cpu")[0] == 0
     student = load_model(ckpts / "student.pt")
     assert student.classifier[-1].out_channels == 3
-    flags = [
-        "--student",
-        ckpts / "student.pt",
-        "--teacher",
-        ckpts,
-        "--device",
-        "cpu",
-        "--ood",
-        "--out",
-        tmp_path / "r",
-    ]
+    flags = both(ckpts, "--ood", "--out", tmp_path / "r")
     assert command("evaluate", *flags)[0] == 0
     results = json.loads((tmp_path / "r" / "metrics.json").read_text())
     whole = open_dataset("folder", folder, "val")
@@ -189,6 +177,31 @@ def test_predict(trained, command, tmp_path):
     raw = Image.open(out / "a_uncertainty16.png")
     assert raw.mode.startswith("I") and raw.size == (50, 30)
     assert Image.open(out / "b_overlay.png").size == (1, 1)
+
+
+def test_large_images_are_predicted_in_tiles(monkeypatch):
+    def pointwise(networks, pixels, size, args):  # a network without context
+        values = pixels.float().mean(dim=1)
+        values = torch.nn.functional.interpolate(values[None], size, mode="nearest")[0]
+        probs = torch.stack([values < 128, values >= 128], dim=1).float()
+        return {"student": evaluate.Output(probs, {"dudes": values / 255})}
+
+    monkeypatch.setattr(evaluate, "predict", pointwise)
+    pixels = np.random.default_rng(0).integers(0, 256, (45, 67, 3)).astype(np.uint8)
+    args = argparse.Namespace(image_size=None, device="cpu")
+    image, networks = Image.fromarray(pixels), {"student": None}
+    labels, u = evaluate.predict_maps(networks, image, args)
+    np.testing.assert_allclose(u, pixels.mean(axis=2) / 255, atol=1e-6)
+    monkeypatch.setattr(evaluate, "LARGE", 1000)
+    for tile, context in ((16, 4), (50, 1), (7, 0), (100, 9)):
+        monkeypatch.setattr(evaluate, "TILE", tile)
+        monkeypatch.setattr(evaluate, "CONTEXT", context)
+        tiled = evaluate.predict_maps(networks, image, args)
+        np.testing.assert_array_equal(tiled[0], labels)
+        np.testing.assert_array_equal(tiled[1], u)
+    args.image_size = (8, 12)  # reduced anyway: one small map, enlarged
+    labels, u = evaluate.predict_maps(networks, image, args)
+    assert labels.shape == u.shape == (45, 67) and labels.dtype == np.uint8 and u.max() <= 1
 
 
 def test_errors_are_one_line_with_code_2(trained, command, tmp_path):

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small, write_folder
+from conftest import small, weights, write_folder
 
 import distill
 import train_ensemble
@@ -23,10 +24,6 @@ from data import IGNORED, VOID, Sample
 from model import MAX_STD, DeepLabV3, Ensemble, read_checkpoint, upsample
 
 ROOT = Path(__file__).parent.parent
-
-
-def weights(path):
-    return torch.cat([v.flatten().double() for v in read_checkpoint(path)["model"].values()])
 
 
 # ------------------------------------------------------------------------------ pieces
@@ -147,7 +144,10 @@ def test_the_same_command_gives_the_same_bits_with_any_workers(folder, trained, 
     flags = [*small(folder), "--members", 1, "--workers", 2, "--out", tmp_path / "c"]
     assert command("train", *flags)[0] == 0
     assert torch.equal(weights(trained[1] / "member_00.pt"), weights(tmp_path / "c/member_00.pt"))
-    assert {p.name for p in (tmp_path / "c").iterdir()} == {"member_00.jsonl", "member_00.pt"}
+    left = {path.name for path in (tmp_path / "c").iterdir()}
+    assert left == {"curves.svg", "member_00.jsonl", "member_00.pt"}
+    curves = (tmp_path / "c" / "curves.svg").read_text()
+    assert "Training loss" in curves and "Validation mIoU" in curves and "member_00" in curves
     log = (tmp_path / "c" / "member_00.jsonl").read_text()
     lines = [json.loads(line) for line in log.splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
@@ -291,6 +291,19 @@ def test_student_inherits_from_its_teacher(trained):
     for key in ("crop_size", "epochs", "batch_size", "lr", "weights", "scale", "dataset"):
         assert student["args"][key] == member["args"][key]
     assert {"torch", "torchvision", "numpy", "commit", "hardware"} <= set(student["versions"])
+
+
+def test_another_teacher_is_another_student(trained, folder, command, tmp_path):
+    ckpts = tmp_path / "elsewhere"
+    shutil.copytree(trained[1], ckpts)
+    flags = ["--teacher", ckpts, "--device", "cpu"]
+    code, out, _ = command("distill", *flags)  # the same members in another place
+    assert code == 0 and "student.pt: finished" in out
+    checkpoint = torch.load(ckpts / "member_01.pt", weights_only=True)
+    checkpoint["metrics"]["miou"] += 1e-9  # trained anew
+    torch.save(checkpoint, ckpts / "member_01.pt")
+    code, _, err = command("distill", *flags)
+    assert code == 2 and "was begun with teacher_identity" in err and "--overwrite" in err
 
 
 def test_mc_dropout_teaches(trained, command, tmp_path):
