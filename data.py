@@ -203,6 +203,14 @@ class SegmentationDataset(Dataset):
     def stem(self, index: int) -> str:
         return self.names[index]
 
+    def largest_mask(self) -> tuple[int, int]:
+        """(H, W) that holds every mask of the split."""
+        sizes = []
+        for path in self.masks:
+            with decoded("mask", path) as mask:
+                sizes.append(mask.size)
+        return max(height for _, height in sizes), max(width for width, _ in sizes)
+
     def crops(self, index: int) -> tuple:
         """Sample `index` as `read` has it, as two objects with width, height and crop(box)."""
         return self.decoded[index] if self.decoded else self.read(index)
@@ -335,6 +343,9 @@ class SyntheticScenes(SegmentationDataset):
         super().__init__("synthetic", CAMVID_CLASSES, {}, image_size)
         self.split, self.drawn = split, {}
         self.names = [f"{split}_{index:04d}" for index in range(SYNTHETIC_SPLITS[split])]
+
+    def largest_mask(self) -> tuple[int, int]:
+        return SYNTHETIC_SIZE
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
         if not 0 <= index < len(self):

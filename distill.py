@@ -9,13 +9,16 @@ The student learns (Landgraf et al. 2024, doi 10.1007/s41064-024-00280-4)
     RMSLE = sqrt( mean( (log(1 + u_student) - log(1 + u_teacher))^2 ) )
 
 from the labels and from the teacher's standard deviation u (model.py) on the very view that it
-sees itself.
+sees itself. --targets adds a term for each further measure, --distill-probs one for the teacher's
+mean probabilities.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,13 +28,17 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 import data
+import metrics
 import train_ensemble as training
 from data import IGNORED, Sample
-from evaluate import Parser, UsageError, autocast, locked, run
+from evaluate import Parser, UsageError, autocast, locked, run, validate
 from model import BACKBONES, MAX_STD, Ensemble, load_ensemble, member_files, save_atomically
 from train_ensemble import RECIPES, cross_entropy, fit, sum_over_processes
 
+# what the student can learn of the teacher, and what it ends at (entropies: divided by log C)
+LARGEST = {"std": MAX_STD, "entropy": 1.0, "mutual_information": 1.0, "msp": 1.0}
 MISSING = 255  # in the target cache; values are 0..254
+VALIDATION = 2**31  # in the place of a view's number
 INHERITED = (
     "dataset", "data", "split", "backbone", "weights", "image_size", "crop_size", "hold_out",
     "epochs", "batch_size", "lr", "head_lr_mult", "weight_decay", "warmup", "scale",
@@ -48,20 +55,38 @@ def rmsle(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
     gradient finite at 0.
     """
     difference = torch.log1p(student.float()) - torch.log1p(teacher.float())
-    total, count = map(sum_over_processes, ((difference.square() * valid).sum(), valid.sum()))
-    return (total / count.clamp(min=1) + 1e-12).sqrt()
+    return (mean_of((difference.square()), valid) + 1e-12).sqrt()
 
 
-def distillation_loss(teacher: Ensemble, cache: "TargetCache | None", weight: float, amp: str):
-    """The student's `loss_fn` for `train_ensemble.fit`."""
+def divergence(logits: Tensor, probs: Tensor, valid: Tensor) -> Tensor:
+    """KL(probs || softmax(logits)) in nats, mean over the valid pixels; [B, C, H, W] both."""
+    probs = probs / probs.sum(dim=1, keepdim=True)  # stored ones are rounded
+    terms = torch.xlogy(probs, probs) - probs * logits.float().log_softmax(dim=1)
+    return mean_of(terms.sum(dim=1), valid)
+
+
+def mean_of(values: Tensor, valid: Tensor) -> Tensor:
+    """Over the valid pixels of all processes, 0 where there are none."""
+    total, count = map(sum_over_processes, ((values * valid).sum(), valid.sum()))
+    return total / count.clamp(min=1)
+
+
+def distillation_loss(target_of, targets: list[str], weight: float, probs_weight: float = 0.0):
+    """The student's `loss_fn` for `train_ensemble.fit`; target_of(batch) as `teacher_target`."""
 
     def loss_fn(network: nn.Module, batch: Sample) -> tuple[Tensor, dict[str, Tensor]]:
-        target = teacher_target(teacher, batch, cache, amp)
+        target = target_of(batch)
         prediction = network(batch.images)
-        segmentation = cross_entropy(prediction.logits, batch.labels)
-        # void pixels have an uncertainty, padding and held-out classes do not
-        uncertainty = rmsle(prediction.uncertainty[:, 0], target, batch.labels != IGNORED)
-        return segmentation + weight * uncertainty, {"ce": segmentation, "rmsle": uncertainty}
+        # void pixels have a target, padding and held-out classes do not
+        valid = batch.labels != IGNORED
+        logs = {"ce": cross_entropy(prediction.logits, batch.labels)}
+        logs["rmsle"] = sum(rmsle(prediction.uncertainty[:, t], target[:, t], valid)
+                            for t in range(len(targets)))  # fmt: skip
+        loss = logs["ce"] + weight * logs["rmsle"]
+        if probs_weight:
+            logs["kl"] = divergence(prediction.logits, target[:, len(targets) :], valid)
+            loss = loss + probs_weight * logs["kl"]
+        return loss, logs
 
     return loss_fn
 
@@ -69,81 +94,104 @@ def distillation_loss(teacher: Ensemble, cache: "TargetCache | None", weight: fl
 # ------------------------------------------------------------------------------ targets
 
 
-def teacher_target(
-    teacher: Ensemble, batch: Sample, cache: "TargetCache | None", amp: str
-) -> Tensor:
-    """The teacher's std [B, H, W] for a batch: of the unflipped views, then flipped with them."""
-    flip = batch.flip.to(batch.images.device, non_blocking=True)[:, None, None]  # [B, 1, 1]
-    stored = cache.read(batch) if cache else None
-    if stored is None:
-        images = torch.where(flip[:, None], batch.images.flip(-1), batch.images)
-        device = images.device
-        with dropout_of(teacher, batch), torch.inference_mode(), autocast(device, amp):
-            target = teacher(images).std
-        target = target.clone()  # out of inference mode: autograd may keep it
-        stored = cache.write(batch, quantise(target)) if cache else None
-    if stored is not None:  # what is learned from is what is stored, also when it is new
-        target = dequantise(stored.to(flip.device, non_blocking=True))
-    return torch.where(flip, target.flip(-1), target)
+def teacher_maps(teacher: Ensemble, targets: list[str], amp: str, with_probs=False):
+    """A function of images [B, 3, h, w], a size (H, W) and a key of integers, which returns what
+    the student learns: float32 [B, T, H, W] in [0, 1], entropies divided by log C; with_probs
+    appends the mean probabilities, C channels. The key tells the draws of MC dropout apart."""
+
+    def maps(images: Tensor, size: tuple[int, int], key: list[int]) -> Tensor:
+        with dropout_of(teacher, key, images), torch.inference_mode(), autocast(images.device, amp):
+            probs, std, expected = teacher(images, size, "mutual_information" in targets)
+            log_c = math.log(probs.shape[1])
+            values = {"std": lambda: std, "msp": lambda: metrics.max_softmax(probs),
+                      "entropy": lambda: metrics.predictive_entropy(probs) / log_c,
+                      "mutual_information":
+                          lambda: metrics.mutual_information(probs, expected) / log_c}  # fmt: skip
+            channels = torch.stack([values[name]() for name in targets], dim=1)
+            found = torch.cat([channels, probs], dim=1) if with_probs else channels
+        return found.clone()  # out of inference mode: autograd may keep it
+
+    return maps
 
 
 @contextlib.contextmanager
-def dropout_of(teacher: Ensemble, batch: Sample):
-    """MC dropout drawn from a stream of (seed, view, first image), not from the student's own: a
-    resumed run, which finds more targets stored, draws the same for the student."""
+def dropout_of(teacher: Ensemble, key: list[int], images: Tensor):
+    """MC dropout drawn from a stream of its own, not from the student's: a resumed run, which finds
+    more targets stored, draws the same for the student."""
     if not teacher.mc_samples:
         yield
         return
-    key = [torch.initial_seed(), int(batch.view[0]), int(batch.index[0])]
-    devices = [batch.images.device] if batch.images.is_cuda else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    with torch.random.fork_rng([images.device] if images.is_cuda else []):
+        seed = np.random.SeedSequence([torch.initial_seed(), *key])
+        torch.manual_seed(int(seed.generate_state(1)[0]))
         yield
 
 
-def quantise(std: Tensor) -> Tensor:
-    """[0, 0.7072] to uint8 0..254; the root spends the steps near 0, where most pixels are."""
-    return (254 * (std / MAX_STD).clamp(0, 1).sqrt()).round().to(torch.uint8)
+def teacher_target(maps, batch: Sample, cache: "TargetCache | None" = None) -> Tensor:
+    """`maps` of a batch's unflipped views, stored ones where there is a cache, flipped with it."""
+    flip = batch.flip.to(batch.images.device, non_blocking=True)[:, None, None, None]
+    images = torch.where(flip, batch.images.flip(-1), batch.images)
+    key = [int(batch.view[0]), int(batch.index[0])]
+
+    def compute() -> Tensor:
+        return maps(images, images.shape[-2:], key)
+
+    target = cache.look_up(batch.view, batch.index, compute) if cache else compute()
+    return torch.where(flip, target.flip(-1), target)
 
 
-def dequantise(target: Tensor) -> Tensor:
-    return MAX_STD * (target.float() / 254).square()
+def quantise(values: Tensor, largest: Tensor) -> Tensor:
+    """[0, largest] to uint8 0..254; the root spends the steps near 0, where most pixels are."""
+    return (254 * (values / largest).clamp(0, 1).sqrt()).round().to(torch.uint8)
+
+
+def dequantise(stored: Tensor, largest: Tensor) -> Tensor:
+    return largest * (stored.float() / 254).square()
 
 
 class TargetCache:
-    """The teacher's quantised std of every view, uint8 [K, N, H, W], memory-mapped from the disk.
+    """The teacher's quantised maps of every view, uint8 [K, N, T, H, W], memory-mapped from the
+    disk. largest: what each channel ends at, [T, 1, 1].
 
     A target is stored when its view is first met. Single bytes cannot tear and are the same
     whenever they are computed: a run that was killed leaves a valid, if incomplete, cache.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int, int], key: dict):
+    def __init__(self, path: Path, shape: tuple[int, ...], largest: Tensor, key: dict):
         described = path.with_suffix(".json")
-        key = json.loads(json.dumps(key | {"shape": shape}))
-        size = f"{np.prod(shape) / 1e6:.1f} MB"
-        print(f"teacher targets: {shape[0]} views of {shape[1]} images, {size} in {path}")
+        key, self.largest = json.loads(json.dumps(key | {"shape": shape})), largest
+        size = math.prod(shape) / 1e6
+        print(f"teacher targets: {shape[0]} x {shape[1]} images, {size:,.1f} MB in {path}")
         if not (path.exists() and described.exists() and json.loads(described.read_text()) == key):
             described.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            if size > (free := shutil.disk_usage(path.parent).free / 1e6):
+                raise UsageError(f"{path} takes {size:,.0f} MB, but the disk has {free:,.0f} MB; "
+                                 "use fewer --views or another --out")  # fmt: skip
             offset = np.lib.format.open_memmap(path, "w+", np.uint8, shape).offset
             with open(path, "r+b") as file:  # full disk: an OSError here, a SIGBUS in the mapping
                 file.seek(offset)
                 for _ in range(shape[0] * shape[1]):
-                    file.write(bytes([MISSING]) * (shape[2] * shape[3]))
+                    file.write(bytes([MISSING]) * math.prod(shape[2:]))
             save_atomically(described, json.dumps(key))
         self.targets = np.lib.format.open_memmap(path, "r+")
 
-    def read(self, batch: Sample) -> Tensor | None:
-        """uint8 [B, H, W], or None if a part of it is missing."""
-        stored = self.targets[batch.view.cpu().numpy(), batch.index.cpu().numpy()]
-        return None if (stored == MISSING).any() else torch.from_numpy(stored)
+    def look_up(self, view: Tensor, index: Tensor, compute, size=None) -> Tensor:
+        """float32 [B, T, H, W] of images `index`; compute() is asked for them if some are missing.
 
-    def write(self, batch: Sample, targets: Tensor) -> Tensor:
-        """Store what is missing of uint8 [B, H, W]; returns what the cache then holds."""
-        place = batch.view.cpu().numpy(), batch.index.cpu().numpy()
-        stored = self.targets[place]
-        stored = np.where(stored == MISSING, targets.cpu().numpy(), stored)
-        self.targets[place] = stored
-        return torch.from_numpy(stored)
+        What is learned from is what is stored, also when it was computed this moment. size: (H, W)
+        of the maps where the cache has room for larger ones.
+        """
+        height, width = size or self.targets.shape[-2:]
+        place = view.cpu().numpy(), index.cpu().numpy()
+        stored = self.targets[place][..., :height, :width]
+        if (stored == MISSING).any():
+            fresh = quantise(compute(), self.largest).cpu().numpy()
+            stored = np.where(stored == MISSING, fresh, stored)
+            for v, i, one in zip(*place, stored, strict=True):
+                self.targets[v, i, :, :height, :width] = one
+        stored = torch.from_numpy(stored).to(self.largest.device, non_blocking=True)
+        return dequantise(stored, self.largest)
 
 
 # ------------------------------------------------------------------------------ command line
@@ -160,37 +208,64 @@ def inherit(args: argparse.Namespace, checkpoint: dict) -> None:
             setattr(args, key, Path(value) if key == "data" and value else value)
 
 
-def open_cache(args: argparse.Namespace, key: list[int], count: int, path: Path) -> TargetCache:
-    """The cache of `count` images for a student in `path`; what its targets depend on is its key.
-    The first process of a group makes it, then the others open it."""
-    identity = {"stream": key, "jitter": RECIPES[args.dataset]["jitter"]}
-    for name in ("teacher_identity", "mc_samples", "dataset", "split", "image_size", "scale",
-                 "batch_size", "amp"):  # fmt: skip
-        identity[name] = getattr(args, name)
-    shape = (min(args.views, args.epochs), count, *args.crop_size)
+def open_cache(path: Path, shape: tuple[int, ...], largest: list[float], identity: dict, device):
+    """A `TargetCache` that the first process of a group makes, then the others open it."""
     rank, world = data.rank_and_world()
     if rank:
         dist.barrier()
-    cache = TargetCache(path.with_suffix(".targets.npy"), shape, identity)
+    cache = TargetCache(path, shape, torch.tensor(largest, device=device)[:, None, None], identity)
     if world > 1 and rank == 0:
         dist.barrier()
     return cache
 
 
+def open_targets(args: argparse.Namespace, path: Path, teacher: Ensemble, train_set, val_set, key):
+    """Two functions: the teacher's maps of a training batch, and of validation images.
+
+    Both are kept beside `path`, those of training views only with --views; what the stored values
+    depend on is the caches' identity.
+    """
+    identity = {"stream": key, "jitter": RECIPES[args.dataset]["jitter"]}
+    for name in ("teacher_identity", "mc_samples", "dataset", "split", "image_size", "scale",
+                 "batch_size", "amp", "targets", "distill_probs"):  # fmt: skip
+        identity[name] = getattr(args, name)
+    largest = [LARGEST[name] for name in args.targets]
+    scored = teacher_maps(teacher, args.targets[:1], args.amp)
+    shape = (1, len(val_set), 1, *val_set.largest_mask())
+    kept = open_cache(path.with_suffix(".val-targets.npy"), shape, largest[:1], identity,
+                      args.device)  # fmt: skip
+
+    def val_target(images: Tensor, size: tuple[int, int], index: Tensor) -> Tensor:
+        key = [VALIDATION, int(index[0])]
+        view = torch.zeros_like(index)
+        return kept.look_up(view, index, lambda: scored(images, size, key), size)[:, 0]
+
+    maps, cache = teacher_maps(teacher, args.targets, args.amp, args.distill_probs > 0), None
+    if args.views:
+        if args.distill_probs:
+            largest = largest + [1.0] * len(train_set.classes)
+        shape = (min(args.views, args.epochs), len(train_set), len(largest), *args.crop_size)
+        cache = open_cache(path.with_suffix(".targets.npy"), shape, largest, identity, args.device)
+    return functools.partial(teacher_target, maps, cache=cache), val_target
+
+
 def distil(args: argparse.Namespace, path: Path, teacher: Ensemble, train_set, val_set) -> None:
     """Train the student and write it to `path`."""
     key, jitter = training.stream(args.seed, "student", 0), RECIPES[args.dataset]["jitter"]
-    student = training.build(args, key, len(train_set.classes), ("std",))
+    student = training.build(args, key, len(train_set.classes), tuple(args.targets))
     config = training.describe(train_set, args, 1)
-    config |= {"measures": ["std"], "teacher_members": len(teacher)}
-    loaders = training.loaders(args, train_set, val_set, key, args.views, jitter)
+    config |= {"measures": args.targets, "teacher_members": len(teacher)}
+    train_loader, val_loader = training.loaders(args, train_set, val_set, key, args.views, jitter)
     teacher.to(args.device, memory_format=torch.channels_last)
     if args.compile:
         for member in teacher.members:
             member.compile()
-    cache = open_cache(args, key, len(train_set), path) if args.views else None
-    loss_fn = distillation_loss(teacher, cache, args.uncertainty_weight, args.amp)
-    fit(student, loss_fn, *loaders, args, path, config)
+    target_of, val_target = open_targets(args, path, teacher, train_set, val_set, key)
+    loss_fn = distillation_loss(target_of, args.targets, args.uncertainty_weight,
+                                args.distill_probs)  # fmt: skip
+    validation = functools.partial(validate, loader=val_loader, device=torch.device(args.device),
+                                   amp=args.amp, target=val_target)  # fmt: skip
+    fit(student, loss_fn, train_loader, validation, args, path, config)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -199,9 +274,10 @@ def main(args: argparse.Namespace) -> None:
     inherit(args, checkpoint)
     args.teacher_identity = checkpoint["identity"]  # another teacher is another student
     training.resolve(args, RECIPES[args.dataset])
-    if not 0 <= args.uncertainty_weight < math.inf or args.views < 0:
-        raise UsageError(f"--uncertainty-weight {args.uncertainty_weight} and --views {args.views} "
-                         "cannot be negative or infinite")  # fmt: skip
+    for flag in ("uncertainty_weight", "distill_probs", "views"):
+        if not 0 <= (value := getattr(args, flag)) < math.inf:
+            raise UsageError(f"--{flag.replace('_', '-')} {value}: cannot be negative or infinite")
+    args.targets = list(dict.fromkeys(args.targets))
     path = args.out or member_files(args.teacher)[0].with_name("student.pt")
     with training.process_group(args.device):
         train_set, val_set = training.open_splits(args)
@@ -234,6 +310,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--views", type=int, metavar="K",
          help="scale and crop repeat after K epochs, whose teacher targets are kept on the disk; "
               "the teacher's cost falls by epochs / K. 0: new views, float targets, nothing kept")
+    flag("--targets", nargs="+", choices=LARGEST, default=["std"], metavar="MEASURE",
+         help="what to learn of the teacher, a channel each: std (the paper's), entropy, "
+              "mutual_information, msp (default: std)")
+    flag("--distill-probs", type=float, default=0.0, metavar="WEIGHT",
+         help="weight of the KL divergence from the teacher's mean probabilities (default: 0)")
     flag("--uncertainty-weight", type=float, metavar="W",
          help="weight of the RMSLE term (default: the recipe's; the paper's is 1)")
     flag("--dataset", choices=data.DATASETS, help="(default: the teacher's)")

@@ -68,6 +68,7 @@ class DeepLabV3(nn.Module):
 
     def __init__(self, backbone: str, num_classes: int, measures: tuple[str, ...] = ()):
         super().__init__()
+        self.num_classes = num_classes
         self.backbone, channels = build_backbone(backbone)
         # DeepLabHead cannot be sliced: ASPP, 3x3 convolution, BN, ReLU, classifier
         self.classifier = nn.ModuleList(DeepLabHead(channels, num_classes))
@@ -92,8 +93,10 @@ class DeepLabV3(nn.Module):
         x = self.backbone((x - self.mean) / self.std)
         for layer in self.classifier[:-1]:
             x = layer(x)
-        u = None if self.uncertainty is None else upsample(self.uncertainty(x), size).sigmoid()
-        return Prediction(upsample(self.classifier[-1](x), size), u)
+        with torch.autocast(x.device.type, enabled=False):  # bf16 logits would have 256 steps
+            x = x.float()
+            u = None if self.uncertainty is None else upsample(self.uncertainty(x), size).sigmoid()
+            return Prediction(upsample(self.classifier[-1](x), size), u)
 
 
 class AtrousConv2d(nn.Conv2d):
@@ -113,8 +116,16 @@ class AtrousConv2d(nn.Conv2d):
 
 
 def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
-    # float32 first: interpolating in bf16 would round the logits twice
-    return F.interpolate(x.float(), size=size, mode="bilinear", align_corners=False)
+    """Bilinear interpolation (corners not aligned) of float32 [B, C, h, w] to [B, C, H, W].
+
+    As two matrix products: their gradients are products too, which is faster than scattering and,
+    unlike F.interpolate's on a GPU, deterministic.
+    """
+    rows, columns = (
+        F.interpolate(torch.eye(n, device=x.device)[None], size=wanted, mode="linear")[0].T
+        for n, wanted in zip(x.shape[-2:], size, strict=True)
+    )  # [H, h], [W, w]
+    return rows @ (x @ columns.T)
 
 
 def build_backbone(name: str) -> tuple[nn.Sequential, int]:

@@ -12,6 +12,7 @@ The same command again continues where the last one stopped, down to the bit on 
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -88,7 +89,7 @@ ROLES = {"member": 0, "student": 1}
 FREE = {"members", "member_ids", "workers", "device", "data", "save_every", "overwrite", "out",
         "parallel", "cache", "teacher"}  # of the teacher, its identity counts  # fmt: skip
 # what lies beside a checkpoint until it is finished; the targets are the student's
-UNFINISHED = (".state", ".targets.npy", ".targets.json")
+UNFINISHED = (".state", ".targets.npy", ".targets.json", ".val-targets.npy", ".val-targets.json")
 
 
 # ------------------------------------------------------------------------------ the run
@@ -111,7 +112,7 @@ def resolve(args: argparse.Namespace, recipe: dict) -> None:
     device = choose_device(args.device)
     cuda = device.type == "cuda"
     args.device = str(device)
-    args.amp = choose_amp(args.amp, device)
+    args.amp = choose_amp(args.amp, device, training=True)
     if args.compile is None:
         args.compile = cuda
     if args.workers is None:  # on a CPU the training itself needs every core
@@ -153,8 +154,10 @@ def plain(args: argparse.Namespace) -> dict:
 
 def check_same(saved: dict, args: argparse.Namespace, path: Path) -> None:
     """A run goes on under the flags it was begun with; UsageError names the first difference."""
-    now = plain(args)
-    for key in sorted((saved.keys() | now.keys()) - FREE):
+    now, free = plain(args), FREE
+    if saved["device"].split(":")[0] != now["device"].split(":")[0]:
+        free = FREE | {"amp", "compile"}  # the defaults follow the device
+    for key in sorted((saved.keys() | now.keys()) - free):
         if saved.get(key) != now.get(key):
             raise UsageError(
                 f"{path} was begun with {key} = {saved.get(key)}, this command says "
@@ -232,10 +235,11 @@ def build_optimizer(model: DeepLabV3, args: argparse.Namespace) -> torch.optim.S
 
 
 def fit(
-    model: DeepLabV3, loss_fn, train_loader: DataLoader, val_loader: DataLoader,
-    args: argparse.Namespace, path: Path, config: dict,
+    model: DeepLabV3, loss_fn, train_loader: DataLoader, validation, args: argparse.Namespace,
+    path: Path, config: dict,
 ) -> None:  # fmt: skip
-    """Train `model` on the device of `args` and write the checkpoint `path`.
+    """Train `model` on the device of `args` and write the checkpoint `path`; validation(model) is
+    what `validate` returns.
 
     The state of the running training lies in `path`.state and is taken up if it is there; one JSON
     line an epoch goes to `path`.jsonl. Raises UsageError where the loss is not finite or the state
@@ -273,7 +277,7 @@ def fit(
                     save()
                     saved = time.monotonic()
             share_statistics(model)
-            scores = validate(model, val_loader, len(config["classes"]), device, args.amp)
+            scores = validation(model)
             at["history"].append(progress.epoch(at, scores, optimizer.param_groups[0]["lr"]))
             if args.select == "best" and kept_epoch(at["history"], "best") is at["history"][-1]:
                 copy = {name: value.clone() for name, value in model.state_dict().items()}
@@ -403,7 +407,7 @@ def load_state(path: Path, model: nn.Module, optimizer, scaler, args) -> dict:
     check_same(state["args"], args, path)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    if args.amp == "fp16":
+    if args.amp == "fp16" and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     rank, world = data.rank_and_world()
     if len(state["rng"]) != world:
@@ -491,9 +495,12 @@ class Progress:
         logs = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         if sys.stderr.isatty():
             print("\r" + " " * 100 + "\r", end="", file=sys.stderr, flush=True)
-        print(f"{self.title}  {logs}  val miou {scores['miou']:.4f}  {seconds:.1f} s  {left} left",
-              flush=True)  # fmt: skip
-        scores = {key: scores[key] for key in ("miou", "pixel_accuracy", "mean_class_accuracy")}
+        kept = ("miou", "pixel_accuracy", "mean_class_accuracy", "fidelity_rmsle",
+                "fidelity_pearson")  # the last two are a student's  # fmt: skip
+        scores = {key: scores[key] for key in kept if key in scores}
+        follows = f"  val pearson {scores[kept[-1]]:.4f}" if kept[-1] in scores else ""
+        print(f"{self.title}  {logs}  val miou {scores['miou']:.4f}{follows}  {seconds:.1f} s  "
+              f"{left} left", flush=True)  # fmt: skip
         return {"epoch": at["epoch"] + 1, "lr": lr, **means, **scores, "seconds": round(seconds, 2)}
 
 
@@ -570,8 +577,10 @@ def train_members(args: argparse.Namespace, paths: dict[int, Path], train_set, v
             key = stream(args.seed, "member", member)
             model = build(args, key, len(train_set.classes))
             config = describe(train_set, args, args.members)
-            both = loaders(args, train_set, val_set, key)
-            fit(model, segmentation_loss, *both, args, path, config)
+            train_loader, val_loader = loaders(args, train_set, val_set, key)
+            validation = functools.partial(validate, loader=val_loader, amp=args.amp,
+                                           device=torch.device(args.device))  # fmt: skip
+            fit(model, segmentation_loss, train_loader, validation, args, path, config)
 
 
 def train_in_processes(args: argparse.Namespace, paths: dict[int, Path], *splits) -> None:
@@ -670,7 +679,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("machine").add_argument
     flag("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if any)")
     flag("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-         help="arithmetic of the network (default: bf16 on a GPU, float32 on a CPU)")
+         help="arithmetic of the network (default: bf16 where the processor has it, else float32)")
     flag("--compile", action=argparse.BooleanOptionalAction, default=None,
          help="torch.compile: a minute once, then faster steps (default: on a GPU)")
     flag("--save-every", type=float, default=5, metavar="MINUTES",

@@ -26,7 +26,14 @@ import distill
 import evaluate
 import metrics as m
 import train_ensemble
-from model import IMAGENET_MEAN, IMAGENET_STD, DeepLabV3, Ensemble, predictive_statistics
+from model import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MAX_STD,
+    DeepLabV3,
+    Ensemble,
+    predictive_statistics,
+)
 
 # ------------------------------------------------------------------ measuring
 
@@ -245,9 +252,12 @@ class Distillation:
                                        warmup=0, lr=0.05, head_lr_mult=1.0,
                                        weight_decay=5e-4)  # fmt: skip
         self.optimizer = train_ensemble.build_optimizer(self.student, self.args)
-        shape = (views, 64, 120, 160)
-        name = folder / f"{views}.npy"
-        self.cache = distill.TargetCache(name, shape, {}) if views else None
+        largest = torch.full((1, 1, 1), MAX_STD, device=device)
+        self.maps, self.cache = distill.teacher_maps(self.teacher, ["std"], "off"), None
+        if views:
+            shape, kept = (views, 64, 1, 120, 160), (1, 16, 1, *data.SYNTHETIC_SIZE)
+            self.cache = distill.TargetCache(folder / "train.npy", shape, largest, {})
+            self.kept = distill.TargetCache(folder / "val.npy", kept, largest, {})
 
     def run(self, loss_fn) -> None:
         self.student.train()
@@ -259,14 +269,22 @@ class Distillation:
             pass
         self.epoch += 1
 
+    def val_target(self, images, size, index) -> torch.Tensor:
+        def compute() -> torch.Tensor:
+            return self.maps(images, size, [0])
+
+        return self.kept.look_up(torch.zeros_like(index), index, compute, size)[:, 0]
+
     def project(self) -> None:
         """An epoch as distill.py runs it."""
-        self.run(distill.distillation_loss(self.teacher, self.cache, 1.0, "off"))
-        evaluate.validate(self.student, self.val_loader, 11, self.device, "off")
+        self.run(distill.distillation_loss(
+            lambda batch: distill.teacher_target(self.maps, batch, self.cache), ["std"], 1.0))
+        evaluate.validate(self.student, self.val_loader, self.device, "off", self.val_target)
 
     @torch.inference_mode()
-    def stacked(self, images: torch.Tensor) -> torch.Tensor:
-        return published_statistics([member(images).logits for member in self.teacher.members])[1]
+    def stacked(self, images: torch.Tensor, size=None) -> torch.Tensor:
+        logits = [member(images, size).logits for member in self.teacher.members]
+        return published_statistics(logits)[1]
 
     def published(self) -> None:
         """An epoch with a stacked teacher online, which also sees every validation image."""
@@ -279,10 +297,8 @@ class Distillation:
             return ce + distill.rmsle(prediction.uncertainty[:, 0], target, valid), {}
 
         self.run(loss_fn)
-        for runs in self.val_loader:
-            for batch in runs:
-                self.stacked(batch.image.to(self.device))
-        evaluate.validate(self.student, self.val_loader, 11, self.device, "off")
+        evaluate.validate(self.student, self.val_loader, self.device, "off",
+                          lambda images, size, index: self.stacked(images, size))  # fmt: skip
 
 
 def bench_distill(args: argparse.Namespace) -> None:

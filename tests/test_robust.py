@@ -72,14 +72,15 @@ def test_killed_at_random_moments_the_pipeline_ends_in_the_same_bits(trained, tm
 
 
 CACHES = """
-import pathlib, sys, data, distill
+import pathlib, sys, data, distill, torch
 print("begins", flush=True)
 folder, cache = map(pathlib.Path, sys.argv[1:])
 dataset = data.open_dataset("folder", folder, "train")
 for name in ("images", "masks", "names"):
     setattr(dataset, name, 60 * getattr(dataset, name))
 data.keep_decoded(dataset, cache)
-distill.TargetCache(cache / "student.targets.npy", (20, 300, 96, 96), {"key": 1})
+shape = (20, 300, 1, 96, 96)
+distill.TargetCache(cache / "student.targets.npy", shape, torch.ones(1, 1, 1), {"key": 1})
 """
 
 
@@ -93,8 +94,9 @@ def test_caches_that_were_killed_while_they_were_made_are_made_anew(folder, tmp_
         process.kill()
         process.communicate()
     assert subprocess.run(script, cwd=ROOT, capture_output=True).returncode == 0
-    targets = distill.TargetCache(cache / "student.targets.npy", (20, 300, 96, 96), {"key": 1})
-    assert (targets.targets == distill.MISSING).all() and targets.targets.shape == (20, 300, 96, 96)
+    path, shape = cache / "student.targets.npy", (20, 300, 1, 96, 96)
+    targets = distill.TargetCache(path, shape, torch.ones(1, 1, 1), {"key": 1}).targets
+    assert (targets == distill.MISSING).all() and targets.shape == shape
     (index,) = cache.glob("folder-*.npy")
     kept = data.DecodedFiles(index.with_suffix(".bin"))
     plain = data.open_dataset("folder", folder, "train")
@@ -453,16 +455,22 @@ def steps(rank, root, world):
     teacher = Ensemble([DeepLabV3("resnet18", 4) for _ in range(2)])
     student = DeepLabV3("resnet18", 4, ("std",)).eval()  # batch norm frozen, no dropout
     val_set = data.open_dataset("folder", root / "data", "val")  # 3 images
-    counts = evaluate.validate(student, data.evaluation_loader(val_set, 2, 0, cpu), 4, cpu, "off")
+    maps = distill.teacher_maps(teacher, ["std"], "off")
+    counts = evaluate.validate(
+        student, data.evaluation_loader(val_set, 2, 0, cpu), cpu, "off",
+        lambda images, size, index: maps(images, size, [0])[:, 0],
+    )  # fmt: skip
     train_set = data.open_dataset("folder", root / "data", "train")  # 14 = 5 + 5 + 4
     views = data.TrainingViews(train_set, (32, 32), (0.5, 2.0), [1, 2, 3])
     loader = data.training_loader(views, 5, 0, cpu)
     args = argparse.Namespace(device="cpu", amp="off", accumulate=1, epochs=1, lr=0.05, warmup=0,
                               head_lr_mult=1.0, weight_decay=5e-4)  # fmt: skip
     at = {"epoch": 0, "batch": 0, "seen": 0, "sums": {}, "recent": []}
+    loss_fn = distill.distillation_loss(
+        lambda batch: distill.teacher_target(maps, batch), ["std"], 1.0)  # fmt: skip
     taken = len(list(train_ensemble.train_steps(
-        train_ensemble.parallel(student, cpu), distill.distillation_loss(teacher, None, 1.0, "off"),
-        loader, train_ensemble.build_optimizer(student, args),
+        train_ensemble.parallel(student, cpu), loss_fn, loader,
+        train_ensemble.build_optimizer(student, args),
         torch.amp.GradScaler("cpu", enabled=False), args, at,
     )))  # fmt: skip
     result = {"weights": dict(student.named_parameters()), "counts": counts, "steps": taken,
@@ -484,6 +492,8 @@ def test_two_processes_distil_as_one(tmp_path):
         assert result["steps"] == one["steps"] == 3
         assert result["counts"]["n"] == one["counts"]["n"]
         assert result["counts"]["iou"] == one["counts"]["iou"]  # exactly, though 3 is no multiple
+        for key in ("fidelity_pearson", "fidelity_rmsle"):
+            assert result["counts"][key] == pytest.approx(one["counts"][key], rel=1e-9)
         for name, value in one["weights"].items():
             torch.testing.assert_close(result["weights"][name], value, rtol=1e-5, atol=1e-5)
         for name, value in one["sums"].items():

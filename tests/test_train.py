@@ -1,6 +1,7 @@
 """The training loop: schedule, loss, reproducibility, resuming, refusals; and the distillation."""
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from conftest import small, weights, write_folder
 
 import distill
+import evaluate
 import train_ensemble
 from data import IGNORED, VOID, Sample
 from model import MAX_STD, DeepLabV3, Ensemble, read_checkpoint, upsample
@@ -73,12 +75,13 @@ def test_rmsle_has_a_gradient_at_zero_error_and_without_pixels():
 
 
 def test_targets_are_stored_to_half_a_step():
-    std = torch.linspace(0, MAX_STD, 10001)
-    stored = distill.quantise(std)
+    std, largest = torch.linspace(0, MAX_STD, 10001), torch.tensor(MAX_STD)
+    stored = distill.quantise(std, largest)
     assert stored.max() == 254  # 255 is "missing"
     steps = (254 * (std / MAX_STD).sqrt() - stored).abs()
     assert steps.max() <= 0.5 + 1e-3
-    torch.testing.assert_close(distill.quantise(distill.dequantise(stored)), stored)
+    again = distill.quantise(distill.dequantise(stored, largest), largest)
+    torch.testing.assert_close(again, stored)
 
 
 def batch_of(flip):
@@ -90,51 +93,108 @@ def batch_of(flip):
     return Sample(images, labels, torch.tensor([0, 1]), torch.tensor([0, 0]), flips)
 
 
+ALL = list(distill.LARGEST)
+
+
+def target_of(teacher, batch, cache=None, targets=("std",), probs=False):
+    maps = distill.teacher_maps(teacher, targets, "off", probs)
+    return distill.teacher_target(maps, batch, cache)
+
+
+def cache_in(folder, channels=1, key=1):
+    largest = torch.tensor([*distill.LARGEST.values(), 1.0, 1.0, 1.0][:channels])[:, None, None]
+    return distill.TargetCache(folder / "t.npy", (1, 2, channels, 32, 48), largest, {"key": key})
+
+
 def test_dropout_of_the_teacher_leaves_the_students_alone_and_repeats():
     torch.manual_seed(0)
     teacher = Ensemble([DeepLabV3("resnet18", 3)], mc_samples=2)
     state = torch.get_rng_state()
-    first = distill.teacher_target(teacher, batch_of(False), None, "off")
+    first = target_of(teacher, batch_of(False))
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)  # what the student draws meanwhile
-    assert torch.equal(distill.teacher_target(teacher, batch_of(False), None, "off"), first)
+    assert torch.equal(target_of(teacher, batch_of(False)), first)
     other = batch_of(False)._replace(view=torch.tensor([1, 1]))
-    assert not torch.equal(distill.teacher_target(teacher, other, None, "off"), first)
+    assert not torch.equal(target_of(teacher, other), first)
 
 
-def test_the_teacher_sees_unflipped_views_and_stored_targets_are_the_same(tmp_path):
+@pytest.mark.parametrize("targets, probs", [(["std"], False), (ALL, True)])
+def test_the_teacher_sees_unflipped_views_and_stored_targets_are_the_same(tmp_path, targets, probs):
     torch.manual_seed(0)
     teacher = Ensemble([DeepLabV3("resnet18", 3) for _ in range(2)])
-    online = distill.teacher_target(teacher, batch_of(False), None, "off")
-    flipped = distill.teacher_target(teacher, batch_of(True), None, "off")
+    asked = dict(targets=targets, probs=probs)
+    online = target_of(teacher, batch_of(False), **asked)
+    flipped = target_of(teacher, batch_of(True), **asked)
     assert torch.equal(flipped[0], online[0].flip(-1)) and torch.equal(flipped[1], online[1])
 
-    cache = distill.TargetCache(tmp_path / "t.npy", (1, 2, 32, 48), {"key": 1})
-    first = distill.teacher_target(teacher, batch_of(False), cache, "off")
-    # learned from as it is stored
-    assert torch.equal(first, distill.dequantise(distill.quantise(online)))
-    cache.targets[0, 1, 3] = distill.MISSING  # a write that was cut short
-    again = distill.TargetCache(tmp_path / "t.npy", (1, 2, 32, 48), {"key": 1})
-    assert again.read(batch_of(False)) is None
-    assert torch.equal(distill.teacher_target(teacher, batch_of(False), again, "off"), first)
+    cache = cache_in(tmp_path, len(targets) + 3 * probs)
+    first = target_of(teacher, batch_of(False), cache, **asked)
+    rounded = distill.dequantise(distill.quantise(online, cache.largest), cache.largest)
+    assert torch.equal(first, rounded)  # learned from as it is stored
+    cache.targets[0, 1, 0, 3] = distill.MISSING  # a write that was cut short
+    again = cache_in(tmp_path, len(targets) + 3 * probs)
+    assert torch.equal(target_of(teacher, batch_of(False), again, **asked), first)
+    assert not (again.targets == distill.MISSING).any()
     teacher.members = None  # from now on the disk alone
-    flipped = distill.teacher_target(None, batch_of(True), again, "off")
+    flipped = target_of(teacher, batch_of(True), again, **asked)
     assert torch.equal(flipped[0], first[0].flip(-1))
-    other = distill.TargetCache(tmp_path / "t.npy", (1, 2, 32, 48), {"key": 2})
+    other = cache_in(tmp_path, len(targets) + 3 * probs, key=2)
     assert (other.targets == distill.MISSING).all()
+
+
+def test_what_is_distilled_is_what_the_evaluation_calls_so():
+    torch.manual_seed(0)
+    teacher = Ensemble([DeepLabV3("resnet18", 3) for _ in range(3)])
+    images = batch_of(False).images
+    found = target_of(teacher, batch_of(False), targets=ALL, probs=True)
+    args = argparse.Namespace(amp="off")
+    output = evaluate.predict({"teacher": teacher}, images, (32, 48), args)["teacher"]
+    for channel, name in enumerate(ALL):
+        unit = math.log(3) if name in ("entropy", "mutual_information") else 1
+        torch.testing.assert_close(found[:, channel], output.scores[name] / unit)
+    torch.testing.assert_close(found[:, len(ALL) :], output.probs)
+
+
+def test_a_cache_that_does_not_fit_is_refused(tmp_path, monkeypatch):
+    usage = argparse.Namespace(free=1000)
+    monkeypatch.setattr(distill.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(evaluate.UsageError, match="t.npy takes 0 MB, but the disk has 0 MB; use"):
+        cache_in(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_padding_enters_no_uncertainty_loss_but_void_does():
     teacher = Ensemble([DeepLabV3("resnet18", 3) for _ in range(2)])
     student = DeepLabV3("resnet18", 3, ("std",)).eval()
-    loss_fn = distill.distillation_loss(teacher, None, 1.0, "off")
+    maps = distill.teacher_maps(teacher, ["std"], "off")
     batch = batch_of(False)
+    target = functools.partial(distill.teacher_target, maps)
+    loss_fn = distill.distillation_loss(target, ["std"], 1.0)
     batch.labels[:, :16], batch.labels[:, 16:] = VOID, IGNORED
     _, logs = loss_fn(student, batch)
-    target = distill.teacher_target(teacher, batch, None, "off")[:, :16]
+    wanted = target(batch)[:, 0, :16]
     mine = student(batch.images).uncertainty[:, 0, :16]
-    expected = ((mine.log1p() - target.log1p()) ** 2).mean().sqrt()
+    expected = ((mine.log1p() - wanted.log1p()) ** 2).mean().sqrt()
     assert logs["ce"] == 0 and logs["rmsle"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_every_measure_and_the_probabilities_have_their_own_term():
+    torch.manual_seed(0)
+    teacher = Ensemble([DeepLabV3("resnet18", 3) for _ in range(2)])
+    student, batch = DeepLabV3("resnet18", 3, tuple(ALL)).eval(), batch_of(False)
+    batch.labels[:, :16] = IGNORED
+    target = target_of(teacher, batch, targets=ALL, probs=True)[:, :, 16:].double()
+    loss, logs = distill.distillation_loss(lambda _: target_of(
+        teacher, batch, targets=ALL, probs=True), ALL, 2.0, 0.5)(student, batch)  # fmt: skip
+    logits, u = (x[:, :, 16:].double() for x in student(batch.images))
+    errors = [((u[:, t].log1p() - target[:, t].log1p()) ** 2).mean().sqrt() for t in range(4)]
+    p = target[:, 4:]
+    kl = (p * (p.log() - logits.log_softmax(1))).sum(1).mean()
+    ce = F.cross_entropy(logits, batch.labels[:, 16:].long())
+    for name, value in (("ce", ce), ("rmsle", sum(errors)), ("kl", kl)):
+        assert logs[name].item() == pytest.approx(value.item(), rel=1e-4)
+    total = ce + 2 * sum(errors) + 0.5 * kl
+    assert loss.item() == pytest.approx(total.item(), rel=1e-4)
 
 
 # ------------------------------------------------------------------------------ runs
@@ -271,8 +331,8 @@ def test_stored_views_differ_by_the_rounding_alone(trained, command, tmp_path, m
     seen = {}
     original = distill.teacher_target
 
-    def spy(teacher, batch, cache, amp):
-        target = original(teacher, batch, cache, amp)
+    def spy(maps, batch, cache):
+        target = original(maps, batch, cache)
         seen.setdefault(cache is None, []).append((batch.images.clone(), target))
         return target
 
@@ -282,7 +342,9 @@ def test_stored_views_differ_by_the_rounding_alone(trained, command, tmp_path, m
         assert command("distill", *flags, "--device", "cpu")[0] == 0
     for (images, target), (same, stored) in zip(seen[True], seen[False], strict=True):
         assert torch.equal(images, same)
-        assert torch.equal(stored, distill.dequantise(distill.quantise(target)))
+        largest = torch.tensor(MAX_STD)
+        rounded = distill.dequantise(distill.quantise(target, largest), largest)
+        assert torch.equal(stored, rounded)
 
 
 def test_student_inherits_from_its_teacher(trained):
