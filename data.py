@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
@@ -198,7 +198,11 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, index: int) -> EvalSample:
         image, mask = self.read(index)
         labels = torch.from_numpy(self.labels(mask, index))
-        return EvalSample(to_input(image, self.image_size), labels, index)
+        return EvalSample(to_input(image, self.input_size(image)), labels, index)
+
+    def input_size(self, image) -> tuple[int, int]:
+        """(H, W) of the network's input for an image."""
+        return self.image_size or (image.height, image.width)
 
     def stem(self, index: int) -> str:
         return self.names[index]
@@ -433,25 +437,80 @@ class TrainingViews(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def indices(self) -> int:
+        """How many a sample's `index` can have."""
+        return len(self)
+
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         view = epoch % self.views if self.views else epoch
-        rng = np.random.default_rng([*self.stream, 0, view, index])
         flip = bool(np.random.default_rng([*self.stream, 1, epoch, index]).integers(2))
+        pixels, labels = self.view(view, index)
+        if flip:
+            pixels, labels = pixels.flip(-1), labels.flip(-1)
+        return Sample(pixels, labels, index, view, flip)
+
+    def view(self, view: int, index: int) -> tuple[Tensor, Tensor]:
+        """The images and labels of a `Sample`, not flipped."""
+        rng = np.random.default_rng([*self.stream, 0, view, index])
         lo, hi = self.scale
         scale = rng.uniform(lo, 1) if rng.random() < 0.5 else rng.uniform(1, hi)
-        image, mask, (h, w) = random_crop(
-            *self.dataset.crops(index), self.dataset.image_size, scale, self.crop_size, rng
-        )
+        image, mask = self.dataset.crops(index)
+        size = self.dataset.input_size(image)
+        image, mask, (h, w) = random_crop(image, mask, size, scale, self.crop_size, rng)
         if self.jitter:
             image = colour_jitter(image, self.jitter, rng)
         pixels = torch.zeros((3, *self.crop_size), dtype=torch.uint8)
         labels = torch.full(self.crop_size, IGNORED, dtype=torch.uint8)
         pixels[:, :h, :w] = to_input(image, None)
         labels[:h, :w] = torch.from_numpy(self.dataset.labels(mask, index))
-        if flip:
+        return pixels, labels
+
+
+class PairedViews(TrainingViews):
+    """Training views, each with a second `Sample` whose image has no labels: `VOID` everywhere,
+    `IGNORED` in the padding. What a network learns from it is its uncertainty alone.
+
+    The second is a `strong_view` of the first, or a view of one of the images `extra`; with both,
+    one or the other by lot. Its index lies behind those of the training images: of N, that of a
+    strong view is N + index, those of the extra images follow.
+    """
+
+    def __init__(self, *settings, strong: bool, extra: SegmentationDataset | None):
+        super().__init__(*settings)
+        self.strong = strong
+        self.extra = extra and TrainingViews(extra, *settings[1:])
+
+    def indices(self) -> int:
+        return len(self) * (1 + self.strong) + len(self.extra or ())
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Sample, Sample]:
+        first, index = super().__getitem__(key), key[1]
+        rng = np.random.default_rng([*self.stream, 3, first.view, index])
+        if self.strong and not (self.extra and rng.integers(2)):
+            pixels, labels = self.view(first.view, index)
+            rng = np.random.default_rng([*self.stream, 4, first.view, index])
+            pixels, place = strong_view(pixels, rng), len(self) + index
+        else:
+            number = int(rng.integers(len(self.extra)))
+            pixels, labels = self.extra.view(first.view, number)
+            place = len(self) * (1 + self.strong) + number
+        labels = torch.where(labels == IGNORED, IGNORED, VOID).to(torch.uint8)
+        if first.flip:
             pixels, labels = pixels.flip(-1), labels.flip(-1)
-        return Sample(pixels, labels, index, view, flip)
+        return first, Sample(pixels, labels, place, first.view, first.flip)
+
+
+def strong_view(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    """uint8 [3, H, W] with an unknown object or none, in other colours, blurred and noisy."""
+    image = pixels.permute(1, 2, 0).numpy()
+    if rng.integers(2):
+        image, _ = paste_unknowns(image, rng)
+    image = colour_jitter(Image.fromarray(image), 0.5, rng)
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.02) * image.height ** 0.75))
+    noise = rng.normal(0, rng.uniform(0, 20), (*image.size[::-1], 1 + 2 * rng.integers(2)))
+    noisy = (np.asarray(image) + noise).clip(0, 255).astype(np.uint8)
+    return torch.from_numpy(noisy).permute(2, 0, 1).contiguous()
 
 
 def random_crop(image, mask, image_size, scale: float, crop_size, rng) -> tuple:
@@ -459,7 +518,7 @@ def random_crop(image, mask, image_size, scale: float, crop_size, rng) -> tuple:
 
     Returns the image, the mask and their size (h, w): `crop_size` or that of a smaller image.
     """
-    height, width = image_size or (image.height, image.width)
+    height, width = image_size
     full = max(1, round(height * scale)), max(1, round(width * scale))  # before the crop
     h, w = min(full[0], crop_size[0]), min(full[1], crop_size[1])
     top, left = int(rng.integers(full[0] - h + 1)), int(rng.integers(full[1] - w + 1))
@@ -529,9 +588,16 @@ def worker_settings(workers: int, device: torch.device) -> dict:
 
 
 def training_loader(views: TrainingViews, batch_size: int, workers: int, device) -> DataLoader:
-    """Batches of `Sample`; set `loader.batch_sampler.epoch` before each pass."""
+    """Batches of `Sample`, of `PairedViews` first all the labelled ones, then as many others; set
+    `loader.batch_sampler.epoch` before each pass."""
     batches = EpochBatches(len(views), batch_size, views.stream)
-    return DataLoader(views, batch_sampler=batches, **worker_settings(workers, device))
+    collate = collate_pairs if isinstance(views, PairedViews) else default_collate
+    return DataLoader(views, batch_sampler=batches, collate_fn=collate,
+                      **worker_settings(workers, device))  # fmt: skip
+
+
+def collate_pairs(pairs: list[tuple[Sample, Sample]]) -> Sample:
+    return default_collate([sample for half in zip(*pairs, strict=True) for sample in half])
 
 
 def evaluation_loader(dataset: Dataset, batch_size: int, workers: int, device) -> DataLoader:
@@ -836,11 +902,9 @@ class AnomalyImages(SegmentationDataset):
         count = Counter(path.stem for path in shown)
         self.names = [f"{path.parent.name}_" * (count[path.stem] > 1) + path.stem for path in shown]
 
-    def __getitem__(self, index: int) -> EvalSample:
-        image, mask = self.read(index)
-        labels, size = torch.from_numpy(self.labels(mask, index)), self.image_size
-        size = size and (size[0], max(1, round(image.width * size[0] / image.height)))
-        return EvalSample(to_input(image, size), labels, index)
+    def input_size(self, image) -> tuple[int, int]:
+        height = self.image_size[0] if self.image_size else image.height
+        return height, max(1, round(image.width * height / image.height))
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
         if not self.masks:
@@ -942,9 +1006,9 @@ def open_ood(spec: str, dataset: SegmentationDataset) -> OODSet:
     return OODSet(title, opened, layout.smallest, protocol)
 
 
-def open_normal(folder: Path, image_size) -> AnomalyImages:
-    """The images of a folder, subfolders too, as in-distribution ones: without an anomaly."""
+def open_images(flag: str, folder: Path, image_size) -> AnomalyImages:
+    """The images of the folder, subfolders too, that `flag` names: without labels or anomalies."""
     images = [path for path in sorted(folder.rglob("*")) if is_image(path)]
     if not images:
-        raise DataError(f"no image in {folder}; --in-distribution names a folder of images")
-    return AnomalyImages("in-distribution", image_size, images)
+        raise DataError(f"{flag} {folder}: no image is there; name a folder of images")
+    return AnomalyImages(flag.removeprefix("--"), image_size, images)

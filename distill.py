@@ -71,24 +71,42 @@ def mean_of(values: Tensor, valid: Tensor) -> Tensor:
     return total / count.clamp(min=1)
 
 
-def distillation_loss(target_of, targets: list[str], weight: float, probs_weight: float = 0.0):
-    """The student's `loss_fn` for `train_ensemble.fit`; target_of(batch) as `teacher_target`."""
+def distillation_loss(target_of, targets: list[str], weight: float, probs_weight=0.0, paired=False):
+    """The student's `loss_fn` for `train_ensemble.fit`; target_of(batch) as `teacher_target`.
+    paired: the second half of a batch is for the uncertainty alone (`data.PairedViews`)."""
 
     def loss_fn(network: nn.Module, batch: Sample) -> tuple[Tensor, dict[str, Tensor]]:
-        target = target_of(batch)
-        prediction = network(batch.images)
+        labelled, *rest = (Sample(*(field.chunk(1 + paired)[part] for field in batch))
+                           for part in range(1 + paired))  # fmt: skip
+        target = target_of(labelled)  # [B, T (+ C), H, W]
+        logits, uncertainty = network(labelled.images)
         # void pixels have a target, padding and held-out classes do not
-        valid = batch.labels != IGNORED
-        logs = {"ce": cross_entropy(prediction.logits, batch.labels)}
-        logs["rmsle"] = sum(rmsle(prediction.uncertainty[:, t], target[:, t], valid)
-                            for t in range(len(targets)))  # fmt: skip
-        loss = logs["ce"] + weight * logs["rmsle"]
+        valid = labelled.labels != IGNORED
+        logs = {"ce": cross_entropy(logits, labelled.labels)}
         if probs_weight:
-            logs["kl"] = divergence(prediction.logits, target[:, len(targets) :], valid)
-            loss = loss + probs_weight * logs["kl"]
-        return loss, logs
+            logs["kl"] = divergence(logits, target[:, len(targets) :], valid)
+        for others in rest:
+            with frozen_statistics(network):
+                uncertainty = torch.cat([uncertainty, network(others.images).uncertainty])
+            target = torch.cat([target, target_of(others)])
+            valid = torch.cat([valid, others.labels != IGNORED])
+        logs["rmsle"] = sum(rmsle(uncertainty[:, t], target[:, t], valid)
+                            for t in range(len(targets)))  # fmt: skip
+        return logs["ce"] + weight * logs["rmsle"] + probs_weight * logs.get("kl", 0), logs
 
     return loss_fn
+
+
+@contextlib.contextmanager
+def frozen_statistics(network: nn.Module):
+    """Batch norm as in evaluation: images that are unlike the training set do not change it."""
+    layers = [layer for layer in network.modules()
+              if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training]  # fmt: skip
+    for layer in layers:
+        layer.eval()
+    yield
+    for layer in layers:
+        layer.train()
 
 
 # ------------------------------------------------------------------------------ targets
@@ -219,16 +237,16 @@ def open_cache(path: Path, shape: tuple[int, ...], largest: list[float], identit
     return cache
 
 
-def open_targets(args: argparse.Namespace, path: Path, teacher: Ensemble, train_set, val_set, key):
+def open_targets(args: argparse.Namespace, path: Path, teacher: Ensemble, views, val_set):
     """Two functions: the teacher's maps of a training batch, and of validation images.
 
     Both are kept beside `path`, those of training views only with --views; what the stored values
     depend on is the caches' identity.
     """
-    identity = {"stream": key, "jitter": RECIPES[args.dataset]["jitter"]}
-    for name in ("teacher_identity", "mc_samples", "dataset", "split", "image_size", "scale",
-                 "batch_size", "amp", "targets", "distill_probs"):  # fmt: skip
-        identity[name] = getattr(args, name)
+    identity = {"stream": views.stream, "jitter": views.jitter, "indices": views.indices()}
+    for name in ("teacher_identity", "mc_samples", "dataset", "split", "image_size", "scale", "amp",
+                 "batch_size", "targets", "distill_probs", "strong_views", "extra"):  # fmt: skip
+        identity[name] = training.plain(args)[name]
     largest = [LARGEST[name] for name in args.targets]
     scored = teacher_maps(teacher, args.targets[:1], args.amp)
     shape = (1, len(val_set), 1, *val_set.largest_mask())
@@ -243,8 +261,8 @@ def open_targets(args: argparse.Namespace, path: Path, teacher: Ensemble, train_
     maps, cache = teacher_maps(teacher, args.targets, args.amp, args.distill_probs > 0), None
     if args.views:
         if args.distill_probs:
-            largest = largest + [1.0] * len(train_set.classes)
-        shape = (min(args.views, args.epochs), len(train_set), len(largest), *args.crop_size)
+            largest = largest + [1.0] * len(val_set.classes)
+        shape = (min(args.views, args.epochs), views.indices(), len(largest), *args.crop_size)
         cache = open_cache(path.with_suffix(".targets.npy"), shape, largest, identity, args.device)
     return functools.partial(teacher_target, maps, cache=cache), val_target
 
@@ -255,14 +273,20 @@ def distil(args: argparse.Namespace, path: Path, teacher: Ensemble, train_set, v
     student = training.build(args, key, len(train_set.classes), tuple(args.targets))
     config = training.describe(train_set, args, 1)
     config |= {"measures": args.targets, "teacher_members": len(teacher)}
-    train_loader, val_loader = training.loaders(args, train_set, val_set, key, args.views, jitter)
+    settings = train_set, args.crop_size, args.scale, key[1:], args.views, jitter
+    extra = args.extra and data.open_images("--extra", args.extra, args.image_size)
+    if paired := bool(args.strong_views or extra):
+        views = data.PairedViews(*settings, strong=args.strong_views, extra=extra)
+    else:
+        views = data.TrainingViews(*settings)
+    train_loader, val_loader = training.loaders(args, views, val_set)
     teacher.to(args.device, memory_format=torch.channels_last)
     if args.compile:
         for member in teacher.members:
             member.compile()
-    target_of, val_target = open_targets(args, path, teacher, train_set, val_set, key)
+    target_of, val_target = open_targets(args, path, teacher, views, val_set)
     loss_fn = distillation_loss(target_of, args.targets, args.uncertainty_weight,
-                                args.distill_probs)  # fmt: skip
+                                args.distill_probs, paired)  # fmt: skip
     validation = functools.partial(validate, loader=val_loader, device=torch.device(args.device),
                                    amp=args.amp, target=val_target)  # fmt: skip
     fit(student, loss_fn, train_loader, validation, args, path, config)
@@ -317,6 +341,11 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="weight of the KL divergence from the teacher's mean probabilities (default: 0)")
     flag("--uncertainty-weight", type=float, metavar="W",
          help="weight of the RMSLE term (default: the recipe's; the paper's is 1)")
+    flag("--strong-views", action="store_true",
+         help="beside every view one in other colours, blurred, noisy, with unknown objects, from "
+              "which the student learns the teacher's uncertainty alone; twice the work")
+    flag("--extra", type=Path, metavar="DIR",
+         help="images without labels, used as --strong-views are (with both: in turns, by lot)")
     flag("--dataset", choices=data.DATASETS, help="(default: the teacher's)")
     flag("--backbone", choices=BACKBONES, help="(default: the teacher's)")
     flag("--hold-out", nargs="+", metavar="CLASS", help="(default: the teacher's)")

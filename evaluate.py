@@ -1061,7 +1061,7 @@ def main(args: argparse.Namespace) -> None:
                          "evaluate on the data set they were trained on")
     ood_sets = open_ood_sets(args, dataset)
     folder = args.in_distribution
-    others = data.open_normal(folder, args.image_size) if folder else None
+    others = folder and data.open_images("--in-distribution", folder, args.image_size)
 
     (args.out / "panels").mkdir(parents=True, exist_ok=True)
     with locked(json_file):

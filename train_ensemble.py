@@ -311,7 +311,9 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     devices = None
     if device.type == "cuda":
         model, devices = nn.SyncBatchNorm.convert_sync_batchnorm(model), [device]
-    return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+    # the buffers are shared after each epoch: a broadcast between two passes would change what the
+    # first one's gradients need
+    return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
 def say_how_to_continue(path: Path, at: dict, args: argparse.Namespace) -> None:
@@ -390,7 +392,7 @@ def check_finite(at: dict, dataset: data.SegmentationDataset) -> None:
     """Raises UsageError naming the first batch since the last call whose loss is not finite."""
     for number, index, loss in at["recent"]:
         if not math.isfinite(value := loss.item()):
-            images = ", ".join(dataset.stem(i) for i in index.tolist())
+            images = ", ".join(dataset.stem(i) for i in index.tolist() if i < len(dataset))
             raise UsageError(
                 f"the loss is {value} in epoch {at['epoch']}, batch {number} (images {images}); "
                 "nothing was saved of it: look at these images, lower --lr, or try --amp off"
@@ -539,15 +541,14 @@ def build(
         torch.channels_last if cuda else torch.contiguous_format))
 
 
-def loaders(args, train_set, val_set, key: list[int], views: int = 0, jitter: float = 0.0):
-    """The training and the validation loader of one network, keyed by the rest of its stream."""
-    device = torch.device(args.device)
-    sampled = data.TrainingViews(train_set, args.crop_size, args.scale, key[1:], views, jitter)
-    if len(train_set) < args.batch_size:
-        print(f"{len(train_set)} training images are less than a batch of {args.batch_size}: "
-              "one batch of all of them")  # fmt: skip
+def loaders(args: argparse.Namespace, views: data.TrainingViews, val_set):
+    """The training and the validation loader of one network."""
+    device, count = torch.device(args.device), len(views)
+    if count < args.batch_size:
+        print(f"{count} training images are less than a batch of {args.batch_size}: one batch of "
+              "all of them")  # fmt: skip
     return (
-        data.training_loader(sampled, args.batch_size, args.workers, device),
+        data.training_loader(views, args.batch_size, args.workers, device),
         data.evaluation_loader(val_set, args.batch_size, args.workers, device),
     )
 
@@ -577,7 +578,8 @@ def train_members(args: argparse.Namespace, paths: dict[int, Path], train_set, v
             key = stream(args.seed, "member", member)
             model = build(args, key, len(train_set.classes))
             config = describe(train_set, args, args.members)
-            train_loader, val_loader = loaders(args, train_set, val_set, key)
+            views = data.TrainingViews(train_set, args.crop_size, args.scale, key[1:])
+            train_loader, val_loader = loaders(args, views, val_set)
             validation = functools.partial(validate, loader=val_loader, amp=args.amp,
                                            device=torch.device(args.device))  # fmt: skip
             fit(model, segmentation_loss, train_loader, validation, args, path, config)

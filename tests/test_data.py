@@ -277,6 +277,47 @@ def test_colour_jitter_changes_colours_alone(folder):
     )
 
 
+def paired(dataset, strong, extra=None, repeat=2):
+    settings = dataset, (32, 32), (0.5, 2.0), [1, 2, 3], repeat, 0.0
+    return data.PairedViews(*settings, strong=strong, extra=extra)
+
+
+def test_paired_views_have_no_labels_and_an_index_of_their_own(folder, tmp_path):
+    dataset = open_dataset("folder", folder, "train")
+    extra = data.open_images("--extra", folder / "images/val", None)
+    for strong, more, indices in ((True, None, 10), (False, extra, 8), (True, extra, 13)):
+        pairs, seen = paired(dataset, strong, more), set()
+        assert pairs.indices() == indices
+        for epoch in range(20):
+            first, second = pairs[epoch, 3]
+            assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in
+                       zip(first, views(dataset, repeat=2)[epoch, 3], strict=True))  # fmt: skip
+            assert set(second.labels.unique().tolist()) <= {VOID, IGNORED}
+            assert (second.view, second.flip) == (first.view, first.flip)
+            if second.index == 8:  # the strong view of number 3: the same pixels are padding
+                assert torch.equal(second.labels == IGNORED, first.labels == IGNORED)
+                assert not torch.equal(second.images, first.images)
+            seen.add(second.index)
+        assert all(index == 8 and strong or 5 * (1 + strong) <= index < indices for index in seen)
+        again = pairs[2, 3][1]  # with a view its partner comes again, so that targets are kept
+        assert pairs[0, 3][1].index == again.index
+        one, other = ((s.images.flip(-1) if s.flip else s.images) for s in (pairs[0, 3][1], again))
+        assert torch.equal(one, other)
+    loader = data.training_loader(paired(dataset, True), 2, 0, torch.device("cpu"))
+    batch = next(iter(loader))
+    assert batch.images.shape == (4, 3, 32, 32) and batch.labels.shape == (4, 32, 32)
+    assert (batch.index[2:] == batch.index[:2] + 5).all() and batch.images.dtype == torch.uint8
+
+
+def test_extra_images_keep_their_proportions(tmp_path):
+    Image.new("RGB", (60, 20)).save(tmp_path / "wide.png")
+    extra = data.open_images("--extra", tmp_path, (10, 12))
+    views = TrainingViews(extra, (10, 40), (1.0, 1.0), [1, 2, 3])
+    assert ((views[0, 0].labels != IGNORED).sum(1) == torch.tensor([30] * 10)).all()
+    with pytest.raises(DataError, match="--extra .*: no image is there"):
+        data.open_images("--extra", tmp_path / "none", None)
+
+
 # ------------------------------------------------------------------------------ loaders
 
 

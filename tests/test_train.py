@@ -1,6 +1,7 @@
 """The training loop: schedule, loss, reproducibility, resuming, refusals; and the distillation."""
 
 import argparse
+import copy
 import functools
 import itertools
 import json
@@ -197,6 +198,35 @@ def test_every_measure_and_the_probabilities_have_their_own_term():
     assert loss.item() == pytest.approx(total.item(), rel=1e-4)
 
 
+def test_images_without_labels_teach_the_uncertainty_and_leave_batch_norm_alone():
+    torch.manual_seed(0)
+    teacher = Ensemble([DeepLabV3("resnet18", 3) for _ in range(2)])
+    student, labelled = DeepLabV3("resnet18", 3, ("std",)), batch_of(False)
+    for layer in student.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
+    others = labelled._replace(images=255 - labelled.images,
+                               labels=torch.full_like(labelled.labels, VOID))  # fmt: skip
+    both = Sample(*map(torch.cat, zip(labelled, others, strict=True)))
+    parts, statistics = [], []
+    for batch, paired in ((labelled, False), (both, True)):
+        network = copy.deepcopy(student)
+        loss_fn = distill.distillation_loss(
+            lambda batch: target_of(teacher, batch, probs=True), ["std"], 1.0, 1.0, paired
+        )
+        parts.append(loss_fn(network, batch)[1])
+        statistics.append([b.clone() for name, b in network.named_buffers() if "running" in name])
+        assert all(layer.training for layer in network.modules())
+    for name in ("ce", "kl"):
+        assert parts[0][name].item() == pytest.approx(parts[1][name].item(), rel=1e-5)
+    assert all(map(torch.equal, *statistics))
+    network.eval()  # the second network, its statistics those of the labelled images
+    u = network(others.images).uncertainty[:, 0]
+    error = (u.log1p() - target_of(teacher, others)[:, 0].log1p()).square().mean()
+    both = (parts[0]["rmsle"] ** 2 + error) / 2  # as many pixels in each half
+    assert parts[1]["rmsle"].item() == pytest.approx(both.sqrt().item(), rel=1e-4)
+
+
 # ------------------------------------------------------------------------------ runs
 
 
@@ -366,6 +396,27 @@ def test_another_teacher_is_another_student(trained, folder, command, tmp_path):
     torch.save(checkpoint, ckpts / "member_01.pt")
     code, _, err = command("distill", *flags)
     assert code == 2 and "was begun with teacher_identity" in err and "--overwrite" in err
+
+
+def test_every_way_of_distilling_at_once(trained, command, tmp_path):
+    (folder, ckpts), out = trained, tmp_path / "s.pt"
+    flags = ["--teacher", ckpts, "--device", "cpu", "--targets", "mutual_information", "entropy",
+             "--distill-probs", 1, "--strong-views", "--extra", folder / "images/val",
+             "--views", 1, "--out", out]  # fmt: skip
+    code, text, _ = command("distill", *flags)
+    assert code == 0 and "kl" in text and "val pearson" in text
+    assert {path.name for path in tmp_path.iterdir()} == {"s.pt", "s.jsonl"}
+    assert read_checkpoint(out)["config"]["measures"] == ["mutual_information", "entropy"]
+    flags = ["--student", out, "--teacher", ckpts, "--device", "cpu", "--out", tmp_path / "r"]
+    assert command("evaluate", *flags)[0] == 0
+    results = json.loads((tmp_path / "r/metrics.json").read_text())
+    keys = {key for key in results["uncertainty"] if "dudes" in key}
+    assert keys == {"student/dudes_mutual_information", "student/dudes_entropy"}
+    assert results["fidelity"]["measure"] == "mutual_information"
+    for more in (["--extra", tmp_path / "none"], ["--distill-probs", -1], ["--targets", "sum"]):
+        code, _, err = command("distill", "--teacher", ckpts, "--device", "cpu", *more,
+                               "--out", tmp_path / "t.pt")  # fmt: skip
+        assert code == 2 and more[0] in err and err.count("\n") == 1
 
 
 def test_mc_dropout_teaches(trained, command, tmp_path):
