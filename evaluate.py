@@ -11,6 +11,7 @@ definitions); member 0, the teacher and the student see the same pixels in the s
 import argparse
 import base64
 import contextlib
+import ctypes
 import fcntl
 import html
 import io
@@ -448,36 +449,77 @@ def save_scores(args, dataset, which: str, outputs: dict[str, Output], index: li
 @torch.inference_mode()
 def benchmark(networks: Networks, image: Tensor, args: argparse.Namespace) -> dict[str, dict]:
     """Cost of a forward pass from uint8 pixels to class and uncertainty: parameters, median
-    milliseconds, images per second and peak memory, after warm-up, the models taking turns."""
+    milliseconds, images per second and peak memory (weights, and what the pass adds), after
+    warm-up, the models taking turns, as they are and compiled (`compiled_...`)."""
     device = torch.device(args.device)
     images = image[None].repeat(args.batch_size, 1, 1, 1).to(device)
     candidates = dict(networks)
     if "teacher" in networks:
         candidates["member"] = networks["teacher"].members[0]
-    seconds, memory = {name: [] for name in candidates}, dict.fromkeys(candidates)
-    for turn in range(13):
-        for name, network in candidates.items():
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-                torch.cuda.synchronize(device)
-            started = time.perf_counter()
-            with autocast(device, args.amp):
-                prediction = network(images)
-            prediction[0].argmax(dim=1)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-                memory[name] = torch.cuda.max_memory_allocated(device) / 2**20
-            if turn >= 3:  # the first turns warm up
-                seconds[name].append(time.perf_counter() - started)
-    figures = {}
-    for name, network in candidates.items():
-        per_image = float(np.median(seconds[name])) / len(images)
-        figures[name] = {
-            "parameters": sum(p.numel() for p in network.parameters()),
-            "ms_per_image": 1000 * per_image, "images_per_second": 1 / per_image,
-            "peak_memory_mb": memory[name],
-            "batch_size": len(images), "size": list(images.shape[-2:])}
+    weights = {name: sum(w.nbytes for w in network.state_dict().values()) / 1e6
+               for name, network in candidates.items()}  # fmt: skip
+    figures = {name: {"parameters": sum(w.numel() for w in network.parameters()),
+                      "batch_size": len(images), "size": list(images.shape[-2:])}
+               for name, network in candidates.items()}  # fmt: skip
+    for prefix in ("", "compiled_") if args.compile else ("",):
+        if prefix:
+            print("compiling", flush=True)
+            candidates = {name: compiled(network) for name, network in candidates.items()}
+        seconds, added = defaultdict(list), {}
+        for _ in range(13):
+            for name, network in candidates.items():
+                with peak_memory(device) as peak:
+                    started = time.perf_counter()
+                    with autocast(device, args.amp):
+                        network(images)[0].argmax(dim=1)
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)
+                    seconds[name].append(time.perf_counter() - started)
+                added[name] = peak[0]
+        for name, times in seconds.items():
+            per_image = float(np.median(times[3:])) / len(images)  # the first turns warm up
+            memory = None if added[name] is None else weights[name] + added[name]
+            measured = {"ms_per_image": 1000 * per_image, "images_per_second": 1 / per_image,
+                        "peak_memory_mb": memory}  # fmt: skip
+            figures[name] |= {prefix + key: value for key, value in measured.items()}
     return figures
+
+
+def compiled(network: nn.Module) -> nn.Module:
+    """torch.compile of a network; of an ensemble, of its members."""
+    if not isinstance(network, model.Ensemble):
+        return torch.compile(network)
+    members = [torch.compile(member) for member in network.members]
+    return model.Ensemble(members, network.mc_samples)
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[list]:
+    """A list that gets the megabytes by which the memory grew meanwhile: the allocator's on a GPU,
+    the process's on a CPU (None where there is no glibc and Linux to ask)."""
+
+    def held(key: str) -> int:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith(key))
+
+    peak = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak.append((torch.cuda.max_memory_allocated(device) - before) / 1e6)
+        return
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before would serve again unseen
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = held("VmRSS")
+    except (OSError, AttributeError):
+        yield peak
+        peak.append(None)
+    else:
+        yield peak
+        peak.append((held("VmHWM") - before) * 1024 / 1e6)
 
 
 # ---------------------------------------------------------------- panels and predictions
@@ -749,6 +791,7 @@ COLUMNS = {  # key in metrics.json: heading with the better side, factor, digits
     "rmsle": ("RMSLE ↓", 1, 4), "pearson": ("Pearson ↑", 1, 3), "spearman": ("Spearman ↑", 1, 3),
     "class_error": ("class error ↓", 1, 4), "parameters": ("parameters, M", 1e-6, 2),
     "ms_per_image": ("ms / image ↓", 1, 1), "images_per_second": ("images / s ↑", 1, 2),
+    "compiled_ms_per_image": ("compiled, ms ↓", 1, 1),
     "peak_memory_mb": ("memory, MB ↓", 1, 0), "iou": ("IoU %", 100, 1),
     "uncertainty": ("uncertainty", 1, 4)}
 MODELS = ("student", "teacher", "member")  # the place is the model's colour in every chart
@@ -909,7 +952,8 @@ def _sections(results: dict, panels=()):
             for row in classes]
     yield ("Classes", "Uncertainty: mean over the pixels that a network predicts as the class.",
            (head, rows), "")
-    cost = ("parameters", "ms_per_image", "images_per_second", "peak_memory_mb")
+    cost = ("parameters", "ms_per_image", "images_per_second", "compiled_ms_per_image",
+            "peak_memory_mb")  # fmt: skip
     yield "Cost", "From pixels to class and uncertainty.", _table(results["timing"], *cost), ""
     pictures = ((f'<img alt="" src="{_data_uri(file.read_bytes())}">', title)
                 for title, file in panels)
@@ -1099,7 +1143,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         "negatives of image-level detection (default: the evaluation split)")
     add("--save-scores", type=Path, metavar="DIR", help="keep float16 maps of every score")
     add("--predict", type=Path, metavar="DIR|FILE", help="only write the maps of these images")
-    add("--benchmark", action="store_true", help="time the networks as well")
+    add("--benchmark", action="store_true", help="time the networks as well, at --image-size and "
+        "--batch-size")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True,
+        help="time them compiled too, which takes a minute (default: on)")
     add("--panels", type=int, default=5, metavar="N", help="images, best to worst (default: 5)")
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="(default: results)")
     add = parser.add_argument_group("machine").add_argument

@@ -337,15 +337,18 @@ def bench_inference(args: argparse.Namespace) -> None:
     networks = {"student": DeepLabV3("resnet18", 19, ("std",)).eval(), "teacher": Ensemble(members)}
     for network in networks.values():
         network.to(device)
-    settings = argparse.Namespace(device=args.device, batch_size=1,
+    settings = argparse.Namespace(device=args.device, batch_size=1, compile=True,
                                   amp=evaluate.choose_amp("auto", device))  # fmt: skip
     image = torch.zeros(3, 256, 512, dtype=torch.uint8)
     figures = evaluate.benchmark(networks, image, settings)
-    base = figures["member"]["ms_per_image"]
-    rows = [[name, f["parameters"] / 1e6, f["ms_per_image"], f"{f['ms_per_image'] / base:.3f}"]
-            for name, f in figures.items()]  # fmt: skip
-    print_table("inference: 256 x 512, resnet18, 19 classes, eager",
-                ["", "M parameters", "ms per image", "of a member"], rows)  # fmt: skip
+    base, keys = figures["member"], ("ms_per_image", "compiled_ms_per_image")
+    rows = []
+    for name, f in figures.items():
+        times = [x for key in keys for x in (f[key], f"{f[key] / base[key]:.3f}")]
+        rows.append([name, f["parameters"] / 1e6, *times, f["peak_memory_mb"]])
+    print_table("inference: 256 x 512, resnet18, 19 classes",
+                ["", "M parameters", "ms per image", "of a member", "compiled", "of a member",
+                 "peak MB"], rows)  # fmt: skip
 
 
 def bench_train(args: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ def test_metrics_json_equals_brute_force(trained, command, tmp_path):
     data, ckpts = trained
     flags = ["--student", ckpts / "student.pt", "--teacher", ckpts, "--device", "cpu"]
     flags += ["--ood", "pasted", "--out", tmp_path / "r", "--save-scores", tmp_path / "s"]
-    flags += ["--batch-size", 2, "--benchmark"]
+    flags += ["--batch-size", 2, "--benchmark", "--no-compile"]
     code, out, _ = command("evaluate", *flags)
     assert code == 0 and "mIoU" in out
     results = json.loads((tmp_path / "r" / "metrics.json").read_text())
@@ -79,6 +79,28 @@ def test_metrics_json_equals_brute_force(trained, command, tmp_path):
     assert len(panels) == 3 + 3 and all(Image.open(p).width > 500 for p in panels)
     report = (tmp_path / "r" / "report.html").read_text()
     assert "<script" not in report and "http-equiv" not in report and "data:image/png" in report
+
+
+def test_the_benchmark_measures_eager_and_compiled_networks(trained, monkeypatch):
+    student, (teacher, _) = load_model(trained[1] / "student.pt"), load_ensemble([trained[1]])
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda network: (seen.append(network), network)[1])
+    args = argparse.Namespace(device="cpu", amp="off", batch_size=2, compile=True)
+    networks = {"student": student, "teacher": teacher}
+    figures = evaluate.benchmark(networks, torch.zeros(3, 64, 64, dtype=torch.uint8), args)
+    assert seen == [student, *teacher.members, teacher.members[0]] and len(figures) == 3
+    for name, row in figures.items():
+        assert row["batch_size"] == 2 and row["size"] == [64, 64]
+        for prefix in ("", "compiled_"):
+            rate = row[prefix + "images_per_second"] * row[prefix + "ms_per_image"]
+            assert rate == pytest.approx(1000) and row[prefix + "peak_memory_mb"] > 1, name
+    assert figures["teacher"]["parameters"] == 2 * figures["member"]["parameters"]
+
+
+def test_peak_memory_sees_what_was_freed():
+    with evaluate.peak_memory(torch.device("cpu")) as peak:
+        torch.ones(20_000_000)
+    assert 75 < peak[0] < 100
 
 
 def test_batch_size_changes_no_count(trained, command, tmp_path):
