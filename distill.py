@@ -76,6 +76,7 @@ def distillation_loss(target_of, targets: list[str], weight: float, probs_weight
     paired: the second half of a batch is for the uncertainty alone (`data.PairedViews`)."""
 
     def loss_fn(network: nn.Module, batch: Sample) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, and its terms for the log."""
         labelled, *rest = (Sample(*(field.chunk(1 + paired)[part] for field in batch))
                            for part in range(1 + paired))  # fmt: skip
         target = target_of(labelled)  # [B, T (+ C), H, W]

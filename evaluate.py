@@ -1,6 +1,6 @@
 """Measure what the uncertainty is worth: calibration, error and OOD detection, fidelity, time.
 
-    python evaluate.py --ood                 # -> results/metrics.json, report.html, panels/*.png
+    python evaluate.py --ood      # -> results/metrics.json, report.html, rejection.svg, panels/
     python evaluate.py --student ckpts/student.pt --teacher ckpts/ --ood pasted --benchmark
     python evaluate.py --student ckpts/student.pt --predict photos/     # maps of one's own pictures
 
@@ -147,7 +147,7 @@ def validate(network: nn.Module, loader: DataLoader, device, amp: str, target=No
         size = labels.shape[-2:]
         with autocast(device, amp):
             logits, uncertainty = network(images, size)
-        confusion.update(logits.argmax(dim=1), labels)
+        confusion.update(model.predicted(logits), labels)
         if target:
             teacher = target(images, size, index)
             fidelity.update(uncertainty[:, 0], teacher, labels < data.IGNORED)
@@ -242,7 +242,7 @@ class Tracker:
 
     def update(self, output: Output, labels: Tensor) -> Tensor:
         """Takes in a batch; returns where the prediction is right, bool [B, H, W]."""
-        prediction = output.probs.argmax(dim=1)
+        prediction = model.predicted(output.probs)
         correct, valid = prediction == labels, labels < data.IGNORED
         self.confusion.update(prediction, labels)
         self.proper.update(output.probs, labels)
@@ -296,7 +296,7 @@ def evaluate_split(networks: Networks, dataset, args) -> tuple[dict, list[float]
 
     def tap(stream):
         for member, logits in zip(members, stream, strict=True):
-            member.update(logits.argmax(dim=1), labels)
+            member.update(model.predicted(logits), labels)
             yield logits
 
     for images, labels, index in sweep(dataset, args):
@@ -471,7 +471,7 @@ def benchmark(networks: Networks, image: Tensor, args: argparse.Namespace) -> di
                 with peak_memory(device) as peak:
                     started = time.perf_counter()
                     with autocast(device, args.amp):
-                        network(images)[0].argmax(dim=1)
+                        model.predicted(network(images)[0])
                     if device.type == "cuda":
                         torch.cuda.synchronize(device)
                     seconds[name].append(time.perf_counter() - started)
@@ -780,6 +780,17 @@ def line_chart(title, series, xlabel, ylabel, limits, diagonal=False) -> str:
             f"<title>{html.escape(title)}</title>{''.join(parts)}</svg>")
 
 
+def chart_sheet(charts: list[str]) -> str:
+    """Charts side by side as an SVG file of their own, on white."""
+    heights = [int(chart.split('viewBox="0 0 ')[1].split('"')[0].split()[1]) for chart in charts]
+    width, height = (CHART_WIDTH + 10) * len(charts) + 6, max(heights) + 16
+    placed = "".join(chart.replace("<svg ", f'<svg x="{(CHART_WIDTH + 10) * i}" y="0" '
+                                   f'width="{CHART_WIDTH}" height="{h}" ', 1)
+                     for i, (chart, h) in enumerate(zip(charts, heights, strict=True)))  # fmt: skip
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-8 -8 {width} {height}" '
+            f'width="{width}" color="#444" style="background:#fff">{placed}</svg>\n')
+
+
 # ---------------------------------------------------------------- tables and report
 
 COLUMNS = {  # key in metrics.json: heading with the better side, factor, digits
@@ -867,9 +878,9 @@ FIGURES = {  # curve: title, number in its labels, keys of x and y, axes, limits
            (0, 100, 0, 100), "Good: top right. Guessing is level at the share of positives.")}
 
 
-def _curve(name: str, scores: dict) -> str:
-    """The chart of one kind of curve for every score that is drawn; empty where there is none."""
-    title, number, keys, xlabel, ylabel, limits, note = FIGURES[name]
+def _chart(name: str, scores: dict) -> str:
+    """The SVG of one kind of curve for every score that is drawn; empty where there is none."""
+    title, number, keys, xlabel, ylabel, limits, _ = FIGURES[name]
     series = []
     for network, score, figures in _ordered(scores):
         if name in figures and network in MODELS and score in DRAWN:
@@ -879,8 +890,14 @@ def _curve(name: str, scores: dict) -> str:
             label = f"{network} {score} {_number(figures, number) if number else ''}"
             xs, ys = 100 * np.array(points, dtype=float)
             series.append((label, xs, ys, MODELS.index(network), DRAWN[score]))
-    chart = line_chart(title, series, xlabel, ylabel, limits, name in ("reliability", "roc"))
-    return _figure(chart, note) if series else ""
+    diagonal = name in ("reliability", "roc")
+    return line_chart(title, series, xlabel, ylabel, limits, diagonal) if series else ""
+
+
+def _curve(name: str, scores: dict) -> str:
+    """The chart with what is good about it."""
+    chart = _chart(name, scores)
+    return chart and _figure(chart, FIGURES[name][-1])
 
 
 def _figure(picture: str, caption: str) -> str:
@@ -1119,6 +1136,8 @@ def main(args: argparse.Namespace) -> None:
             panels += draw_panels(networks, ood.dataset, chosen, args, anomalies=True)
         model.save_atomically(json_file, json.dumps(results, indent=1, allow_nan=False) + "\n")
         model.save_atomically(html_file, report(results, panels))
+        charts = [_chart(name, results["uncertainty"]) for name in ("rejection", "risk_coverage")]
+        model.save_atomically(args.out / "rejection.svg", chart_sheet(charts))
     print(results_table(results))
     print(f"\n{json_file}  {html_file}  {len(panels)} panels in {args.out / 'panels'}")
 

@@ -37,6 +37,7 @@ from evaluate import (
     Parser,
     UsageError,
     autocast,
+    chart_sheet,
     choose_amp,
     choose_device,
     line_chart,
@@ -250,8 +251,7 @@ def fit(
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     at = load_state(state_path, model, optimizer, scaler, args)
     rank, world = data.rank_and_world()
-    network = parallel(model, device)
-    network = torch.compile(network) if args.compile else network
+    network = torch.compile(parallel(model, device)) if args.compile else parallel(model, device)
 
     with noted_signals() as caught:
 
@@ -562,15 +562,11 @@ def draw_curves(folder: Path) -> None:
         series = [(name, [entry["epoch"] for entry in log], [entry[key] for entry in log], i % 4,
                    i // 4 % 3) for i, (name, log) in enumerate(logs.items())]  # fmt: skip
         charts.append(line_chart(title, series, "epoch", key, (None, None, 0, None)))
-    side_by_side = "".join(chart.replace("<svg ", f'<svg x="{430 * i}" width="420" ', 1)
-                           for i, chart in enumerate(charts))  # fmt: skip
-    height = int(charts[0].split('viewBox="0 0 ')[1].split('"')[0].split()[1])
-    save_atomically(folder / "curves.svg", (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-8 -8 866 {height + 16}" width="866" '
-        f'color="#444" style="background:#fff">{side_by_side}</svg>\n'))
+    save_atomically(folder / "curves.svg", chart_sheet(charts))
 
 
 def train_members(args: argparse.Namespace, paths: dict[int, Path], train_set, val_set) -> None:
+    """One member after the other; finished ones are kept."""
     for member, path in paths.items():
         with locked(path):
             if is_finished(path, args):

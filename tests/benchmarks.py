@@ -6,13 +6,12 @@ and its state: compare only what one run prints.
 """
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from model import (
     DeepLabV3,
     Ensemble,
     predictive_statistics,
+    upsample,
 )
 
 # ------------------------------------------------------------------ measuring
@@ -52,38 +52,14 @@ def seconds(function, device: torch.device, repeats: int = 1, warmup: int = 0) -
     return (time.perf_counter() - start) / repeats
 
 
-class PeakMemory:
-    """Megabytes above what is held at the beginning: the allocator's on CUDA, the process's on a
-    CPU, looked at every half millisecond."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.peak, self.stop = device, 0.0, threading.Event()
-
-    def now(self) -> float:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-    def watch(self) -> None:
-        while not self.stop.wait(0.0005):
-            self.peak = max(self.peak, self.now() - self.before)
-
-    def __enter__(self) -> "PeakMemory":
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.before = torch.cuda.memory_allocated(self.device) / 1e6
-        else:
-            self.before = self.now()
-            self.thread = threading.Thread(target=self.watch, daemon=True)
-            self.thread.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.device.type == "cuda":
-            self.peak = torch.cuda.max_memory_allocated(self.device) / 1e6 - self.before
-        else:
-            self.stop.set()
-            self.thread.join()
+def run_once(candidates: dict, device: torch.device) -> tuple[dict, dict]:
+    """What each candidate returns, and the megabytes by which the memory grew meanwhile."""
+    results, memory = {}, {}
+    for name, function in candidates.items():
+        with evaluate.peak_memory(device) as peak:
+            results[name] = function()
+        memory[name] = peak[0]
+    return results, memory
 
 
 def take_turns(candidates: dict, device: torch.device, turns: int) -> dict[str, list[float]]:
@@ -104,7 +80,7 @@ def print_comparison(title, spent, reference, memory=None, agrees="") -> None:
         median = statistics.median(times)
         ratio = statistics.median(spent[reference]) / median
         spread = f"{1000 * min(times):,.1f}-{1000 * max(times):,.1f}"
-        held = [memory[name]] if memory else []
+        held = [memory.get(name, "")] if memory else []
         rows.append([name, 1000 * median, spread, f"{ratio:.2f}x", *held])
     header = ["", "ms", f"of {len(times)}", "faster"] + (["peak MB"] if memory else [])
     print_table(title, header, rows)
@@ -187,8 +163,13 @@ def bench_loader(args: argparse.Namespace) -> None:
                     spent[name].append(time.perf_counter() - begin)
                 agree &= all(torch.equal(*map(torch.as_tensor, pair))
                              for pair in zip(*samples, strict=True))  # fmt: skip
+        _, memory = run_once({
+            "published": lambda: published_sample(plain.images[0], plain.masks[0], rng, 768),
+            **{name: lambda view=view: view[0, 0] for name, view in views.items()},
+        }, torch.device("cpu"))  # fmt: skip
     print_comparison("loader: a sample of 768 x 768 from PNG of 1024 x 2048, one process", spent,
-                     "published", agrees=f"samples from files and from --cache are equal: {agree}")
+                     "published", memory,
+                     f"samples from files and from --cache are equal: {agree}")  # fmt: skip
 
 
 # ------------------------------------------------------------------ teacher
@@ -213,16 +194,11 @@ def bench_teacher(args: argparse.Namespace) -> None:
               for _ in range(10)]  # fmt: skip
     ways = {"published": lambda: published_statistics(logits),
             "project": lambda: predictive_statistics(iter(logits))}  # fmt: skip
-    memory, results = {}, {}
-    for name, way in ways.items():
-        way()
-        with PeakMemory(device) as held:
-            results[name] = way()
-        memory[name] = held.peak
+    spent = take_turns(ways, device, 5)
+    results, memory = run_once(ways, device)
     (probs, u), (mean, std, _) = results.values()
     same = probs.argmax(dim=1) == mean.argmax(dim=1)  # but for rounding, where two classes tie
     difference = max((probs - mean).abs().max().item(), (u - std)[same].abs().max().item())
-    spent = take_turns(ways, device, 5)
     share = memory["project"] / memory["published"]
     print_comparison("teacher: statistics of 10 members, 768 x 768, 19 classes", spent, "published",
                      memory, f"peak memory above the inputs {share:.2f} of the published way's; "
@@ -318,7 +294,18 @@ def bench_distill(args: argparse.Namespace) -> None:
             if turn:
                 for name, value in zip(spent, (once, fresh, kept), strict=True):
                     spent[name].append(value)
-    print_comparison("distill: an epoch, 64 images of 120 x 160, 10 members", spent, "published")
+        batch = next(iter(project.loader))
+        with torch.inference_mode():
+            online = project.stacked(torch.where(batch.flip[:, None, None, None],
+                                                 batch.images.flip(-1), batch.images).to(device))
+        kept = distill.teacher_target(project.maps, batch, project.cache)[:, 0]
+        online = torch.where(batch.flip[:, None, None].to(device), online.flip(-1), online)
+        steps = (online.sqrt() - kept.sqrt()).abs().max().item() * 254 / MAX_STD**0.5
+        _, memory = run_once({"published": published.published, "kept targets": project.project},
+                             device)  # fmt: skip
+    print_comparison("distill: an epoch, 64 images of 120 x 160, 10 members", spent, "published",
+                     memory, f"kept targets are within {steps:.2f} steps of 254 of the published "
+                     "ones")  # fmt: skip
     old, new, kept = (statistics.median(times) for times in spent.values())
     for epochs in (40, 200):
         total = views * new + (epochs - views) * kept
@@ -330,25 +317,29 @@ def bench_distill(args: argparse.Namespace) -> None:
 
 
 def bench_inference(args: argparse.Namespace) -> None:
-    """A member, the teacher of 10 and the student on one 256 x 512 image, as --benchmark does."""
+    """A member, the teacher of 10 and the student, as --benchmark measures them."""
     device = torch.device(args.device)
+    cuda = device.type == "cuda"
+    size, batch, backbone = ((768, 768), 16, "resnet101") if cuda else ((256, 512), 1, "resnet18")
     torch.manual_seed(0)
-    members = [DeepLabV3("resnet18", 19).eval() for _ in range(10)]
-    networks = {"student": DeepLabV3("resnet18", 19, ("std",)).eval(), "teacher": Ensemble(members)}
+    members = [DeepLabV3(backbone, 19).eval() for _ in range(10)]
+    networks = {"student": DeepLabV3(backbone, 19, ("std",)).eval(), "teacher": Ensemble(members)}
     for network in networks.values():
-        network.to(device)
-    settings = argparse.Namespace(device=args.device, batch_size=1, compile=True,
+        network.to(device, memory_format=torch.channels_last)
+    settings = argparse.Namespace(device=args.device, batch_size=batch, compile=True,
                                   amp=evaluate.choose_amp("auto", device))  # fmt: skip
-    image = torch.zeros(3, 256, 512, dtype=torch.uint8)
+    image = torch.zeros(3, *size, dtype=torch.uint8)
     figures = evaluate.benchmark(networks, image, settings)
     base, keys = figures["member"], ("ms_per_image", "compiled_ms_per_image")
     rows = []
     for name, f in figures.items():
         times = [x for key in keys for x in (f[key], f"{f[key] / base[key]:.3f}")]
         rows.append([name, f["parameters"] / 1e6, *times, f["peak_memory_mb"]])
-    print_table("inference: 256 x 512, resnet18, 19 classes",
+    print_table(f"inference: {batch} of {size[0]} x {size[1]}, {backbone}, 19 classes",
                 ["", "M parameters", "ms per image", "of a member", "compiled", "of a member",
                  "peak MB"], rows)  # fmt: skip
+    if cuda:
+        print_share("a forward pass", base["compiled_ms_per_image"] / 1000, 1.9)
 
 
 def bench_train(args: argparse.Namespace) -> None:
@@ -360,40 +351,56 @@ def bench_train(args: argparse.Namespace) -> None:
     labels = torch.randint(0, 19, (batch, *size), dtype=torch.uint8, device=device)
     target = torch.rand(batch, *size, device=device) / 2
 
-    def step(layout, amp, compiled, fused):
+    def step(layout, amp, compiled, fused, upsample=upsample):
         torch.manual_seed(0)
-        model = DeepLabV3(backbone, 19, ("std",)).to(device, memory_format=layout)
-        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=fused)
-        network = torch.compile(model) if compiled else model
+        network = DeepLabV3(backbone, 19, ("std",)).to(device, memory_format=layout)
+        optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, fused=fused)
+        forward = torch.compile(network) if compiled else network
 
-        def once():
-            with evaluate.autocast(device, amp):
-                logits, u = network(images)
+        def once() -> float:
+            torch.manual_seed(0)  # dropout
+            with mock.patch("model.upsample", upsample), evaluate.autocast(device, amp):
+                logits, u = forward(images)
             loss = train_ensemble.cross_entropy(logits, labels)
             loss = loss + distill.rmsle(u[:, 0], target, labels != data.IGNORED)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            return loss.detach()
 
         return once
 
+    def interpolate(x, size):
+        return F.interpolate(x, size=size, mode="bilinear")
+
     last, first = torch.channels_last, torch.contiguous_format
+    amp = evaluate.choose_amp("auto", device, training=True)
+    ways = {"published": step(first, "fp16" if cuda else "off", False, False, interpolate)}
     if cuda:
-        ways = {"default": step(last, "bf16", True, True), "eager": step(last, "bf16", False, True),
-                "float32": step(last, "off", True, True),
-                "contiguous": step(first, "bf16", True, True)}  # fmt: skip
+        ways |= {"project": step(last, amp, True, True), "eager": step(last, amp, False, True),
+                 "contiguous": step(first, amp, True, True),
+                 "F.interpolate": step(last, amp, True, True, interpolate)}  # fmt: skip
     else:
-        ways = {"default": step(first, "off", False, True),
-                "SGD not fused": step(first, "off", False, False),
-                "channels_last": step(last, "off", False, True),
-                "bf16": step(first, "bf16", False, True)}  # fmt: skip
-    spent = take_turns(ways, device, 20 if cuda else 5)
-    title = f"train: a step of {batch} images of {size[0]} x {size[1]}, {backbone}"
-    print_comparison(title, spent, "default")
+        ways |= {"project": step(first, amp, False, True),
+                 "float32": step(first, "off", False, True),
+                 "channels_last": step(last, amp, False, True),
+                 "compiled": step(first, amp, True, True),
+                 "F.interpolate": step(first, amp, False, True, interpolate)}  # fmt: skip
+    losses, memory = run_once(ways, device)
+    gap = max(abs(loss / losses["published"] - 1) for loss in losses.values()).item()
+    spent = take_turns(ways, device, 20 if cuda else 9)
+    print_comparison(f"train: a step of {batch} images of {size[0]} x {size[1]}, {backbone}, {amp}",
+                     spent, "published", memory, f"the first step's losses differ by {gap:.1e} at "
+                     "most, relative")  # fmt: skip
     if cuda:
-        per_image = 1000 * statistics.median(spent["default"]) / batch
-        print(f"{per_image:.2f} ms an image, {6.2 / per_image:.0%} of the floor of 6.2 ms (H200)")
+        print_share("a training step", statistics.median(spent["project"]) / batch, 6.2)
         print_ceilings(device)
+
+
+def print_share(what: str, per_image: float, floor: float) -> None:
+    """Against the arithmetic and unavoidable memory traffic of ResNet-101 at 768 x 768."""
+    print(f"{what}: {1000 * per_image:.2f} ms an image, {floor / 1000 / per_image:.0%} of the "
+          f"floor of {floor} ms (H200)")  # fmt: skip
 
 
 def print_ceilings(device: torch.device) -> None:

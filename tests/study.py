@@ -1,0 +1,185 @@
+"""Studies on CamVid: what kept teacher targets cost, and what a distilled uncertainty is worth.
+
+    python tests/study.py views --data CamVid --out study
+    python tests/study.py targets --data CamVid --road-anomaly RoadAnomaly --out study
+
+One ensemble, whose networks never see bicyclists and pedestrians, and for each variant of the
+distillation one student a seed; a seed draws the same batches in every variant. The three
+commands do the work, so that a study that was stopped continues with the same command. Prints
+Markdown tables: mean +- standard deviation over the seeds.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+
+HELD_OUT = ("bicyclist", "pedestrian")
+ALL = ("--targets", "std", "entropy", "mutual_information", "msp")
+VARIANTS = {
+    "published": ("--views", "5"),
+    "all targets": (*ALL, "--views", "5"),
+    "+ probabilities": (*ALL, "--distill-probs", "1", "--views", "5"),
+    "+ strong views": (*ALL, "--distill-probs", "1", "--strong-views", "--views", "5"),
+    "+ extra images": (*ALL, "--distill-probs", "1", "--strong-views", "--extra", "extra",
+                       "--views", "5"),
+}
+STUDIES = {"views": ("--views 0", "--views 1", "--views 5"), "targets": tuple(VARIANTS)}
+
+
+def call(args: argparse.Namespace, script: str, *flags) -> None:
+    """One of the three commands, in the study's folder; its failure ends the study."""
+    words = [sys.executable, str(ROOT / script), "--device", args.device, *map(str, flags)]
+    print("$", " ".join([script, *words[2:]]), flush=True)
+    if code := subprocess.run(words, cwd=args.out).returncode:
+        sys.exit(code)
+
+
+def write_extra(folder: Path) -> None:
+    """Drawn street scenes, some with unknown objects, as the images without labels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "ood"):
+        scenes = data.SyntheticScenes(split)
+        for index in range(len(scenes)):
+            scenes.read(index)[0].save(folder / f"{scenes.stem(index)}.png")
+
+
+def measure(args: argparse.Namespace, name: str, *flags) -> dict:
+    """metrics.json of an evaluation, which runs only if it is not there yet."""
+    folder = Path("results", f"{args.study}-{name}")
+    file = args.out / folder / "metrics.json"
+    if not file.exists():
+        call(args, "evaluate.py", *flags, "--panels", 0, "--batch-size", 8, "--out", folder)
+    return json.loads(file.read_text())
+
+
+def run(args: argparse.Namespace) -> dict[str, list[dict]]:
+    """The results of the teacher and, by variant, of each seed's student."""
+    call(args, "train_ensemble.py", "--members", args.members, "--dataset", "camvid", "--data",
+         args.data, "--backbone", args.backbone, "--weights", "none", "--image-size",
+         *args.image_size, "--epochs", args.epochs, "--lr", 0.1, "--scale", 0.75, 1.25,
+         "--hold-out", *HELD_OUT, "--cache", "cache", "--out", "members")  # fmt: skip
+    teacher = ("--teacher", "members")
+    if args.study == "targets":
+        write_extra(args.out / "extra")
+        road = [f"roadanomaly:{args.road_anomaly}"] if args.road_anomaly else []
+        ood = ("--ood", "held-out", "pasted", *road)
+        found, more = {"teacher": [measure(args, "teacher", *teacher, *ood)]}, ood
+    else:
+        found, more = {}, teacher
+    for seed in range(args.seeds):
+        for variant in STUDIES[args.study]:
+            flags = variant.split() if variant.startswith("--") else VARIANTS[variant]
+            name = "".join(c for c in " ".join(map(str, flags)) if c.isalnum()) + f"-{seed}"
+            student = Path("students", f"{name}.pt")
+            if not (args.out / student).exists():
+                call(args, "distill.py", *teacher, "--seed", seed, *flags, "--cache", "cache",
+                     "--out", student)  # fmt: skip
+            results = measure(args, name, "--student", student, *more)
+            log = (args.out / student).with_suffix(".jsonl").read_text().splitlines()
+            results["minutes"] = sum(json.loads(line)["seconds"] for line in log) / 60
+            found.setdefault(variant, []).append(results)
+    return found
+
+
+# ------------------------------------------------------------------ tables
+
+
+def spread(values: list[float], factor: float = 100, digits: int = 1) -> str:
+    """Mean +- standard deviation."""
+    values = [factor * value for value in values if value is not None]
+    if not values:
+        return "–"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> None:
+    print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def print_views(found: dict[str, list[dict]]) -> None:
+    """Each --views against --views 0, seed by seed."""
+    columns = {
+        "mIoU %": lambda r: r["segmentation"]["student"]["miou"],
+        "Pearson": lambda r: r["fidelity"]["pearson"],
+        "error AUROC %": lambda r: r["uncertainty"]["student/dudes"]["auroc"],
+    }
+    rows = []
+    for variant in STUDIES["views"]:
+        row = [f"`{variant}`"]
+        for name, figure in columns.items():
+            factor, digits = (100, 2) if "%" in name else (1, 3)
+            values = [figure(result) for result in found[variant]]
+            base = [figure(result) for result in found["--views 0"]]
+            paired = [a - b for a, b in zip(values, base, strict=True)]
+            row += [spread(values, factor, digits), spread(paired, factor, digits)]
+        rows.append([*row, spread([result["minutes"] for result in found[variant]], 1)])
+    head = [part for name in columns for part in (name, "difference")]
+    table(["", *head, "minutes"], rows)
+
+
+def print_targets(found: dict[str, list[dict]]) -> None:
+    """Segmentation, then every score of every network at finding errors and the unknown."""
+    rows, teacher = [], found["teacher"][0]
+    networks = {"member": [teacher], "teacher": [teacher]}
+    networks |= {variant: found[variant] for variant in STUDIES["targets"]}
+    for name, results in networks.items():
+        kind = name if name in ("member", "teacher") else "student"
+        part = [result["segmentation"][kind] for result in results]
+        minutes = [result.get("minutes") for result in results]
+        nll = spread([p["nll"] for p in part], 1, 3)
+        rows.append([name, spread([p["miou"] for p in part]), nll, spread([p["ece"] for p in part]),
+                     spread(minutes, 1)])  # fmt: skip
+    table(["", "mIoU % ↑", "NLL ↓", "ECE % ↓", "minutes"], rows)
+    rows = []
+    for name, results in networks.items():
+        kind = name if name in ("member", "teacher") else "student"
+        for score in (key for key in results[0]["uncertainty"] if key.startswith(kind + "/")):
+            errors = [result["uncertainty"][score] for result in results]
+            row = [name, f"`{score.partition('/')[2]}`", spread([e["auroc"] for e in errors]),
+                   spread([e["aurc"] for e in errors], 1, 4)]  # fmt: skip
+            for ood in results[0]["ood"]:
+                scores = [result["ood"][ood][score] for result in results]
+                keys = ("auroc", "ap", "fpr95")
+                row.append(" / ".join(spread([s[key] for s in scores]) for key in keys))
+            rows.append(row)
+    sets = [f"{name}: AUROC / AP / FPR95 %" for name in teacher["ood"]]
+    table(["", "score", "errors: AUROC % ↑", "AURC ↓", *sets], rows)
+
+
+def main(args: argparse.Namespace) -> None:
+    for name in ("data", "road_anomaly", "out"):  # the commands run in another folder
+        if path := getattr(args, name):
+            setattr(args, name, path.resolve())
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "students").mkdir(exist_ok=True)
+    found = run(args)
+    {"views": print_views, "targets": print_targets}[args.study](found)
+    protocol = next(iter(found.values()))[0]["protocol"]
+    print(f"\nseeds 0..{args.seeds - 1}, {args.members} members, {args.epochs} epochs, "
+          f"{protocol['network_input']}, torch {protocol['torch']}, {protocol['hardware']}, commit "
+          f"{protocol['commit']}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--data", type=Path, required=True, help="CamVid in the SegNet layout")
+    parser.add_argument("--road-anomaly", type=Path, help="RoadAnomaly; without it, one set less")
+    parser.add_argument("--out", type=Path, default=Path("study"), help="(default: study)")
+    parser.add_argument("--seeds", type=int, default=3, help="students a variant (default: 3)")
+    parser.add_argument("--members", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--image-size", type=int, nargs=2, default=(120, 160), metavar=("H", "W"))
+    parser.add_argument("--device", default="auto")
+    main(parser.parse_args())
