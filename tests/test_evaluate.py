@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -79,6 +80,64 @@ def test_metrics_json_equals_brute_force(trained, command, tmp_path):
     assert len(panels) == 3 + 3 and all(Image.open(p).width > 500 for p in panels)
     report = (tmp_path / "r" / "report.html").read_text()
     assert "<script" not in report and "http-equiv" not in report and "data:image/png" in report
+
+
+class Tables(HTMLParser):
+    """The tables of a page by their heading: rows of texts."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables, self.tag, self.title = {}, "", ""
+
+    def handle_starttag(self, tag, attributes):
+        self.tag = tag
+        if tag == "tr":
+            self.tables.setdefault(self.title, []).append([])
+        elif tag in ("th", "td"):
+            self.tables[self.title][-1].append("")
+
+    def handle_data(self, text):
+        if self.tag == "h2":
+            self.title = text
+        elif self.tag in ("th", "td"):
+            self.tables[self.title][-1][-1] += text
+
+    def handle_endtag(self, tag):
+        self.tag = ""
+
+
+def test_every_number_of_the_report_is_that_of_metrics_json(trained, command, tmp_path):
+    flags = both(trained[1], "--ood", "--out", tmp_path, "--benchmark", "--no-compile")
+    assert command("evaluate", *flags)[0] == 0
+    results = json.loads((tmp_path / "metrics.json").read_text())
+    page = Tables()
+    page.feed((tmp_path / "report.html").read_text())
+    keys = {heading: (key, factor, digits)
+            for key, (heading, factor, digits) in evaluate.COLUMNS.items()}  # fmt: skip
+    parts = {"Segmentation": results["segmentation"], "Finding errors": results["uncertainty"],
+             "Anomalies: pasted": results["ood"]["pasted"], "Cost": results["timing"],
+             "Fidelity": {"student": results["fidelity"]}}  # fmt: skip
+    compared = 0
+    for title, part in parts.items():
+        head, *rows = page.tables[title]
+        labels = {key.replace("/", " ").replace("_", " "): key for key in part}
+        assert {row[0].strip() for row in rows} == set(labels)
+        for label, *cells in rows:
+            for heading, cell in zip(head[1:], cells, strict=True):
+                key, factor, digits = keys[heading]
+                value = part[labels[label.strip()]].get(key)
+                if value is not None:
+                    assert cell == f"{factor * value:,.{digits}f}", (title, label, heading)
+                    compared += 1
+    assert compared > 100
+    head, *rows = page.tables["Classes"]
+    for row, source in zip(rows, results["classes"], strict=True):
+        assert row[0] == source["name"]
+        for heading, cell in zip(head[1:], row[1:], strict=True):
+            network, kind = heading.split()[:2]
+            value = source["iou" if kind == "IoU" else "uncertainty"][network]
+            factor, digits = (100, 1) if kind == "IoU" else (1, 4)
+            assert cell == ("–" if value is None else f"{factor * value:.{digits}f}")
 
 
 def test_the_benchmark_measures_eager_and_compiled_networks(trained, monkeypatch):

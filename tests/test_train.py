@@ -179,6 +179,27 @@ def test_padding_enters_no_uncertainty_loss_but_void_does():
     assert logs["ce"] == 0 and logs["rmsle"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_arithmetic_follows_the_processor(monkeypatch):
+    cpu = torch.device("cpu")
+    for has, wanted in (({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"),
+                        ({"avx512_f": True, "avx512_bf16": False}, "off")):  # fmt: skip
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has, raising=False)
+        assert evaluate.choose_amp("auto", cpu, training=True) == wanted
+        assert evaluate.choose_amp("auto", cpu) == "off"  # measured in float32
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert evaluate.choose_amp("auto", cpu, training=True) == "off"
+    assert evaluate.choose_amp("fp16", cpu) == "fp16"
+
+
+def test_a_run_may_go_on_on_another_device():
+    saved = {"device": "cpu", "amp": "off", "compile": False, "lr": 0.1}
+    other = argparse.Namespace(device="cuda:1", amp="bf16", compile=True, lr=0.1)
+    train_ensemble.check_same(saved, other, Path("m.pt"))
+    other.device = "cpu"
+    with pytest.raises(evaluate.UsageError, match="begun with amp = off, this command says bf16"):
+        train_ensemble.check_same(saved, other, Path("m.pt"))
+
+
 def test_every_measure_and_the_probabilities_have_their_own_term():
     torch.manual_seed(0)
     teacher = Ensemble([DeepLabV3("resnet18", 3) for _ in range(2)])
