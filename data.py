@@ -488,7 +488,7 @@ class PairedViews(TrainingViews):
         first, index = super().__getitem__(key), key[1]
         rng = np.random.default_rng([*self.stream, 3, first.view, index])
         if self.strong and not (self.extra and rng.integers(2)):
-            pixels, labels = self.view(first.view, index)
+            pixels, labels = ((x.flip(-1) if first.flip else x) for x in first[:2])
             rng = np.random.default_rng([*self.stream, 4, first.view, index])
             pixels, place = strong_view(pixels, rng), len(self) + index
         else:
@@ -502,11 +502,15 @@ class PairedViews(TrainingViews):
 
 
 def strong_view(pixels: Tensor, rng: np.random.Generator) -> Tensor:
-    """uint8 [3, H, W] with an unknown object or none, in other colours, blurred and noisy."""
-    image = pixels.permute(1, 2, 0).numpy()
+    """uint8 [3, H, W] in other colours, blurred, noisy, half of them with a shape that is cut from
+    the upturned image: not one of the unknown objects that OOD detection is measured on."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
     if rng.integers(2):
-        image, _ = paste_unknowns(image, rng)
-    image = colour_jitter(Image.fromarray(image), 0.5, rng)
+        shape, corners = Image.new("L", image.size), rng.uniform(-0.3, 0.3, (6, 2))
+        corners = (corners + rng.uniform(0.2, 0.8, 2)) * image.size
+        ImageDraw.Draw(shape).polygon([tuple(corner) for corner in corners], fill=255)
+        image.paste(image.transpose(Image.Transpose.FLIP_TOP_BOTTOM), mask=shape)
+    image = colour_jitter(image, 0.5, rng)
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.02) * image.height ** 0.75))
     noise = rng.normal(0, rng.uniform(0, 20), (*image.size[::-1], 1 + 2 * rng.integers(2)))
     noisy = (np.asarray(image) + noise).clip(0, 255).astype(np.uint8)
@@ -796,6 +800,8 @@ def paste_unknowns(image, rng, horizon=0.45):
     """One to three unknown objects in a street image, uint8 [H, W, 3], its horizon a fraction from
     the top: (image, mask uint8 [H, W]), 1 on them; size, light and grain follow the image."""
     (height, width), image = image.shape[:2], image.astype(np.float32)
+    if min(height, width) < 16:  # no room
+        return image.astype(np.uint8), np.zeros((height, width), np.uint8)
     mask, (yy, xx) = np.zeros((height, width), np.uint8), np.mgrid[:height, :width]
     street = image[int(horizon * height) :: max(1, height // 64), :: max(1, width // 64)]
     dark, bright = np.percentile(street.reshape(-1, 3), (2, 99), axis=0)

@@ -18,6 +18,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -192,6 +193,8 @@ class TargetCache:
                 file.seek(offset)
                 for _ in range(shape[0] * shape[1]):
                     file.write(bytes([MISSING]) * math.prod(shape[2:]))
+                file.flush()
+                os.fsync(file.fileno())  # before the description says that it is whole
             save_atomically(described, json.dumps(key))
         self.targets = np.lib.format.open_memmap(path, "r+")
 
@@ -205,12 +208,17 @@ class TargetCache:
         place = view.cpu().numpy(), index.cpu().numpy()
         stored = self.targets[place][..., :height, :width]
         if (stored == MISSING).any():
-            fresh = quantise(compute(), self.largest).cpu().numpy()
+            if not (values := compute()).isfinite().all():
+                raise UsageError("the teacher's uncertainty is not finite; check its checkpoints, "
+                                 "or use --amp off")  # fmt: skip
+            fresh = quantise(values, self.largest).cpu().numpy()
             stored = np.where(stored == MISSING, fresh, stored)
             for v, i, one in zip(*place, stored, strict=True):
                 self.targets[v, i, :, :height, :width] = one
-        stored = torch.from_numpy(stored).to(self.largest.device, non_blocking=True)
-        return dequantise(stored, self.largest)
+            stored = self.targets[place][..., :height, :width]  # an image may be there twice
+        stored = torch.from_numpy(stored)
+        stored = stored.pin_memory() if self.largest.is_cuda else stored
+        return dequantise(stored.to(self.largest.device, non_blocking=True), self.largest)
 
 
 # ------------------------------------------------------------------------------ command line
@@ -221,8 +229,9 @@ def inherit(args: argparse.Namespace, checkpoint: dict) -> None:
     trained = checkpoint["args"]
     if args.epochs is None:
         args.epochs = int(RECIPES[trained["dataset"]]["student"] * trained["epochs"])
+    other = args.dataset not in (None, trained["dataset"])  # whose files lie elsewhere
     for key in INHERITED:
-        if getattr(args, key) is None:
+        if getattr(args, key) is None and not (key == "data" and other):
             value = trained.get(key)
             setattr(args, key, Path(value) if key == "data" and value else value)
 
@@ -257,7 +266,8 @@ def open_targets(args: argparse.Namespace, path: Path, teacher: Ensemble, views,
     def val_target(images: Tensor, size: tuple[int, int], index: Tensor) -> Tensor:
         key = [VALIDATION, int(index[0])]
         view = torch.zeros_like(index)
-        return kept.look_up(view, index, lambda: scored(images, size, key), size)[:, 0]
+        with torch.compiler.set_stance("force_eager"):  # each size of image would be compiled
+            return kept.look_up(view, index, lambda: scored(images, size, key), size)[:, 0]
 
     maps, cache = teacher_maps(teacher, args.targets, args.amp, args.distill_probs > 0), None
     if args.views:
@@ -284,7 +294,7 @@ def distil(args: argparse.Namespace, path: Path, teacher: Ensemble, train_set, v
     teacher.to(args.device, memory_format=torch.channels_last)
     if args.compile:
         for member in teacher.members:
-            member.compile()
+            member.compile(dynamic=False)
     target_of, val_target = open_targets(args, path, teacher, views, val_set)
     loss_fn = distillation_loss(target_of, args.targets, args.uncertainty_weight,
                                 args.distill_probs, paired)  # fmt: skip
@@ -304,6 +314,8 @@ def main(args: argparse.Namespace) -> None:
             raise UsageError(f"--{flag.replace('_', '-')} {value}: cannot be negative or infinite")
     args.targets = list(dict.fromkeys(args.targets))
     path = args.out or member_files(args.teacher)[0].with_name("student.pt")
+    if path.suffix != ".pt":  # what lies beside it has its name with another suffix
+        raise UsageError(f"--out {path}: name a file that ends in .pt")
     with training.process_group(args.device):
         train_set, val_set = training.open_splits(args)
         if train_set.classes != (classes := checkpoint["config"]["classes"]):
@@ -321,7 +333,9 @@ def main(args: argparse.Namespace) -> None:
             training.any_process(False, torch.device(args.device))  # wait for the first
             if not training.is_finished(path, args):
                 distil(args, path, teacher, train_set, val_set)
-        print(f"student in {path}; next: python evaluate.py --student {path} --ood")
+        named = " ".join(map(str, args.teacher))
+        named += f" --mc-samples {args.mc_samples}" if args.mc_samples else ""
+        print(f"next: python evaluate.py --student {path} --teacher {named} --ood")
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -56,17 +56,16 @@ def run(main: Callable, parser: argparse.ArgumentParser, argv: list[str] | None 
     try:
         main(args)
         return 0
-    except (UsageError, data.DataError, model.ModelError) as error:
+    except (UsageError, data.DataError, model.ModelError, metrics.MetricError) as error:
         # from a loader's worker the message is the last line of the worker's traceback
         message = str(error).strip().splitlines()[-1].split("Error: ")[-1]
     except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not full and "DefaultCPUAllocator" not in str(error):
+        if not (message := remedy(error)):
             raise
-        message = "the memory is full; use a smaller --batch-size or --crop-size"
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
-        message = f"{error.strerror or error}{place}; free the disk or the path, then run it again"
+        reason = (error.strerror or str(error)).strip().splitlines()[-1]
+        message = f"{reason}{place}; free the disk or the path, then run it again"
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -74,16 +73,32 @@ def run(main: Callable, parser: argparse.ArgumentParser, argv: list[str] | None 
     return 2
 
 
+def remedy(error: MemoryError | RuntimeError) -> str:
+    """What to do about a fault of the machine; nothing for one of the program."""
+    text = str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
+        return "the memory is full; use a smaller --batch-size or --image-size"
+    if "DataLoader worker" in text:
+        return "a process that loads images died, often for want of shared memory; use --workers 0"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = text.strip().splitlines()[0][:120]
+        return f"torch.compile failed ({reason}); install a C++ compiler or use --no-compile"
+    return ""
+
+
 def choose_device(name: str) -> torch.device:
     """By name; "auto" is the GPU if there is one, under torchrun one a process. Raises UsageError
     if the device is not there."""
     if name == "auto":
-        local = os.environ.get("LOCAL_RANK", "")
-        name = f"cuda:{local}".rstrip(":") if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:80]
         raise UsageError(f"--device {name} cannot be used ({reason}); try --device cpu") from None
     return device
@@ -167,6 +182,11 @@ def distilled(measure: str) -> str:
     return "dudes" if measure == "std" else f"dudes_{measure}"
 
 
+def unit(measure: str, num_classes: int) -> float:
+    """What a student's output in [0, 1] counts in: entropies are learned divided by log C."""
+    return math.log(num_classes) if measure in ("entropy", "mutual_information") else 1.0
+
+
 class Output(NamedTuple):
     probs: Tensor  # float32 [B, C, H, W]
     scores: dict[str, Tensor]  # float32 [B, H, W] each; higher = more uncertain
@@ -196,7 +216,9 @@ def predict(networks: Networks, images: Tensor, size, args, tap=None) -> dict[st
             logits, uncertainty = networks["student"](images, size)
         probs = logits.softmax(dim=1)
         names = map(distilled, args.measures)
-        learned = dict(zip(names, uncertainty.unbind(dim=1), strict=True))
+        maps = [u * unit(m, logits.shape[1])
+                for m, u in zip(args.measures, uncertainty.unbind(dim=1), strict=True)]  # fmt: skip
+        learned = dict(zip(names, maps, strict=True))
         outputs["student"] = Output(probs, learned | free_scores(logits, probs))
     return outputs
 
@@ -210,6 +232,7 @@ def free_scores(logits: Tensor, probs: Tensor) -> dict[str, Tensor]:
 def sweep(dataset: Dataset, args: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
     """One pass: images [B, 3, h, w] and labels [B, H, W] on the device, indices; a live line."""
     device, started, done = torch.device(args.device), time.monotonic(), 0
+    torch.manual_seed(0)  # MC dropout: each pass draws the same
     loader = data.evaluation_loader(dataset, args.batch_size, args.workers, device)
     for images, labels, index in itertools.chain.from_iterable(loader):
         images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
@@ -289,10 +312,9 @@ def evaluate_split(networks: Networks, dataset, args) -> tuple[dict, list[float]
     compare = len(networks) == 2
     fidelity, density, accuracy = metrics.Fidelity(), 0, []
     measure = args.primary["teacher"]
-    unit = math.log(num_classes) if measure in ("entropy", "mutual_information") else 1.0
     # both axes of the density end at the largest unbiased std in [0, 1]: half are 0, half 1
     largest = math.sqrt(size // 2 * (size - size // 2) / (size * (size - 1))) if size else 0.0
-    largest = largest if measure == "std" else 1.0
+    largest = largest if measure == "std" else unit(measure, num_classes)
 
     def tap(stream):
         for member, logits in zip(members, stream, strict=True):
@@ -313,8 +335,7 @@ def evaluate_split(networks: Networks, dataset, args) -> tuple[dict, list[float]
             for key, scores in image_scores(outputs):
                 normal[key] += scores[known].tolist()
         if compare:
-            pair = (outputs["student"].scores[args.primary["student"]],
-                    outputs["teacher"].scores[measure] / unit)  # fmt: skip
+            pair = [outputs[name].scores[args.primary[name]] for name in ("student", "teacher")]
             fidelity.update(*pair, valid)
             row, column = ((64 / largest * u[valid]).long().clamp(0, 63) for u in pair)
             density = density + torch.bincount(64 * row + column, minlength=64 * 64)
@@ -543,8 +564,8 @@ def draw_panels(networks: Networks, dataset, chosen, args, anomalies=False) -> l
         photo = Image.fromarray(image.permute(1, 2, 0).numpy())
         photo = photo.resize(labels.shape[::-1], Image.BILINEAR)
         measure = args.primary["teacher"]
-        unit = "std of predicted class's prob." if measure == "std" else measure.replace("_", " ")
-        sheet = panel(photo, labels.numpy(), rows, args.palette, args.classes, anomalies, unit)
+        shown = "std of predicted class's prob." if measure == "std" else measure.replace("_", " ")
+        sheet = panel(photo, labels.numpy(), rows, args.palette, args.classes, anomalies, shown)
         path = args.out / "panels" / f"{title.replace(' ', '_')}_{dataset.stem(index)}.png"
         sheet.save(path)
         files.append((f"{title}: {dataset.stem(index)}", path))
@@ -597,12 +618,14 @@ def predict_maps(networks: Networks, image: Image.Image, args) -> tuple[np.ndarr
     reduces it anyway, a smaller map is enlarged instead.
     """
     name = "student" if "student" in networks else "teacher"
+    networks = {name: networks[name]}
     width, height = image.size
 
     def maps(part: Image.Image, size: tuple[int, int]):
         pixels = data.to_input(part, args.image_size)[None].to(args.device)
         output = predict(networks, pixels, size, args)[name]
-        u = output.scores[args.primary[name]][0].clamp(0, 1)
+        u = output.scores[args.primary[name]][0] / unit(args.primary["teacher"], len(args.classes))
+        u = u.clamp(0, 1)
         return output.probs[0].argmax(dim=0).to(torch.uint8).cpu().numpy(), u.cpu().numpy()
 
     if height * width <= LARGE:
@@ -662,12 +685,12 @@ def colourise(labels, palette) -> np.ndarray:
     return table[np.asarray(labels, dtype=np.uint8)]
 
 
-def panel(photo: Image.Image, labels, rows, palette, names, anomalies: bool, unit: str):
+def panel(photo: Image.Image, labels, rows, palette, names, anomalies: bool, shown: str):
     """The paper's five columns: image, ground truth, prediction, accuracy map, uncertainty.
 
     labels: `[H, W]`, class ids (254 and 255 are void) or, with `anomalies`, 0, 1 anomaly, 255 void.
     rows: one `(model name, prediction [H, W], uncertainty [H, W])` a network, one below the other.
-    unit: what the colour bar shows. Returns an image.
+    shown: what the colour bar tells. Returns an image.
     """
     size = tuple(max(1, round(side * PANEL_SIDE / max(photo.size))) for side in photo.size)
     width, height = max(size[0], 260) + MARGIN, size[1] + 40  # of a cell, with title and gap
@@ -710,7 +733,7 @@ def panel(photo: Image.Image, labels, rows, palette, names, anomalies: bool, uni
     sheet.paste(Image.fromarray(ramp), (x, strip))
     draw.text((x, strip + 24), "0", fill=INK)
     draw.text((right, strip + 24), f"{top:.3g}", fill=INK, anchor="ra")
-    draw.text(((x + right) / 2, strip + 46), unit, INK, anchor="ma")
+    draw.text(((x + right) / 2, strip + 46), shown, INK, anchor="ma")
     return sheet
 
 
@@ -1000,22 +1023,27 @@ def report(results: dict, panels: list[tuple[str, Path]]) -> str:
 
 
 def open_networks(args: argparse.Namespace) -> tuple[Networks, dict]:
-    """Student and teacher as far as they are there, and a checkpoint to take the defaults from."""
-    networks, checkpoint, path = {}, None, args.student or Path("ckpts/student.pt")
-    if args.teacher or any(Path("ckpts").glob("member_[0-9]*.pt")):
-        teacher, checkpoint = model.load_ensemble(args.teacher or ["ckpts"], args.mc_samples)
-        networks["teacher"] = teacher
+    """Student and teacher that are named or, without any name, those that are in ckpts/; and a
+    checkpoint to take the defaults from."""
+    networks, checkpoint = {}, None
+    if not (args.student or args.teacher):
+        path = Path("ckpts/student.pt")
+        args.student = path if path.exists() else None
+        args.teacher = ["ckpts"] if any(Path("ckpts").glob("member_[0-9]*.pt")) else None
+    if args.teacher:
+        networks["teacher"], checkpoint = model.load_ensemble(args.teacher, args.mc_samples)
     elif args.mc_samples:
         raise UsageError(f"--mc-samples {args.mc_samples} samples one network: name --teacher FILE")
-    if args.student or path.exists():
+    if path := args.student:
         other, checkpoint = checkpoint, model.read_checkpoint(path)
         networks["student"] = model.build_model(checkpoint, path)
         if not checkpoint["config"]["measures"]:
             raise UsageError(f"{path} is no student: it predicts no uncertainty; distil one, or "
                              "name it as --teacher FILE with --mc-samples N")
-        if other and other["config"]["classes"] != checkpoint["config"]["classes"]:
-            raise UsageError(f"the student {path} and the teacher know different classes; "
-                             "evaluate them one by one")
+        for key in ("classes", "dataset"):
+            if other and other["config"][key] != checkpoint["config"][key]:
+                raise UsageError(f"the student {path} and the teacher know different {key}; "
+                                 "evaluate them one by one")
     if not networks:
         raise UsageError("nothing to evaluate: no ckpts/student.pt and no ckpts/member_*.pt; "
                          "train first, or name --student FILE or --teacher DIR")
@@ -1028,6 +1056,8 @@ def resolve(args: argparse.Namespace, checkpoint: dict) -> None:
     """What the command leaves open is as the checkpoint was trained; refuses what cannot be."""
     trained, config, cuda = checkpoint["args"], checkpoint["config"], args.device.startswith("cuda")
     args.measures = config["measures"]  # the student's; the teacher's checkpoint has none
+    told = ("views", "uncertainty_weight", "distill_probs", "strong_views", "extra")
+    args.distilled = {key: trained[key] for key in told if key in trained} or None
     first = "std" if "std" in args.measures else (args.measures or ["std"])[0]
     # what each network is known by: in panels, in the report, by class
     args.primary = {"student": distilled(first), "teacher": first, "member": "entropy"}
@@ -1060,7 +1090,6 @@ def resolve(args: argparse.Namespace, checkpoint: dict) -> None:
 
 def protocol(args: argparse.Namespace, dataset, networks: Networks, pixels: int) -> dict:
     """What the figures depend on."""
-    student, teacher = args.student or "ckpts/student.pt", args.teacher or ["ckpts"]
     return {
         "dataset": args.dataset, "split": args.split, "images": len(dataset),
         "labelled_pixels": pixels, "classes": len(dataset.classes),
@@ -1070,8 +1099,8 @@ def protocol(args: argparse.Namespace, dataset, networks: Networks, pixels: int)
         "pooling": "all labelled pixels of the split", "void": "labels 255 never count",
         "scores": "rounded to float16, equal scores are one threshold",
         "members": len(networks.get("teacher", ())), "mc_samples": args.mc_samples,
-        "teacher": " ".join(map(str, teacher)) if "teacher" in networks else None,
-        "student": str(student) if "student" in networks else None,
+        "teacher": " ".join(map(str, args.teacher)) if args.teacher else None,
+        "student": str(args.student) if args.student else None, "distilled": args.distilled,
         "amp": args.amp, "device": args.device} | model.versions()
 
 
@@ -1109,7 +1138,6 @@ def main(args: argparse.Namespace) -> None:
     args.device = str(choose_device(args.device))
     networks, checkpoint = open_networks(args)
     resolve(args, checkpoint)
-    torch.manual_seed(0)  # MC dropout
     json_file, html_file = args.out / "metrics.json", args.out / "report.html"
     if args.predict is not None:
         predict_files(networks, args)
@@ -1146,8 +1174,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line; None is filled in by `resolve`."""
     parser = Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
     add = parser.add_argument_group("networks").add_argument
-    add("--student", type=Path, metavar="FILE", help="(default: ckpts/student.pt if it is there)")
-    add("--teacher", nargs="+", metavar="DIR|FILE", help="(default: ckpts/member_*.pt if there)")
+    add("--student", type=Path, metavar="FILE", help="(default, where no network is named: "
+        "ckpts/student.pt if it is there)")
+    add("--teacher", nargs="+", metavar="DIR|FILE", help="(default, where no network is named: "
+        "ckpts/member_*.pt if they are there)")
     add("--mc-samples", type=int, default=0, metavar="N", help="dropout samples of one --teacher")
     add = parser.add_argument_group("data (default: as the networks were trained)").add_argument
     add("--dataset", choices=data.DATASETS)
@@ -1169,7 +1199,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--panels", type=int, default=5, metavar="N", help="images, best to worst (default: 5)")
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="(default: results)")
     add = parser.add_argument_group("machine").add_argument
-    add("--batch-size", type=int, default=4, help="images a batch; changes no figure (default: 4)")
+    add("--batch-size", type=int, default=4, help="images a batch; changes no figure but "
+        "those of MC dropout (default: 4)")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
     add("--workers", type=int, help="processes that load (default: 0 on a CPU, else 4)")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",

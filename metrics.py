@@ -25,6 +25,10 @@ NAN = float("nan")
 TINY = torch.finfo(torch.float32).tiny
 
 
+class MetricError(ValueError):
+    """Scores that cannot be measured; says what to check."""
+
+
 def predictive_entropy(probs: Tensor) -> Tensor:
     """Entropy in nats of probs [B, C, ...]: [B, ...], 0..ln C. An ensemble's: of its mean probs."""
     return _sum_over_classes(lambda p: -p * p.clamp(min=TINY).log(), probs)  # 0 log 0 = 0
@@ -135,7 +139,8 @@ def _check_shapes(**tensors: Tensor | None) -> None:
 
 def _check_nan(number: int, pixels: int) -> None:
     if number:
-        raise ValueError(f"{number} of {pixels} scores are NaN: check the model's outputs")
+        raise MetricError(f"{number} of {pixels} scores are NaN: the networks' outputs are not "
+                          "finite; check their weights, or use --amp off")  # fmt: skip
 
 
 class Accumulator:

@@ -229,10 +229,10 @@ def build_optimizer(model: DeepLabV3, args: argparse.Namespace) -> torch.optim.S
     weight = getattr(args, "uncertainty_weight", None) or 1.0  # a member has none
     multiples = {"backbone": 1.0, "classifier": args.head_lr_mult,
                  "uncertainty": max(args.head_lr_mult, UNCERTAINTY_LR_MULT) / weight}  # fmt: skip
-    groups = [{"params": list(part.parameters()), "multiple": multiples[name]}
+    groups = [{"params": list(part.parameters()), "multiple": multiples[name],
+               "weight_decay": args.weight_decay * (weight if name == "uncertainty" else 1.0)}
               for name, part in model.named_children()]  # fmt: skip
-    settings = dict(momentum=0.9, weight_decay=args.weight_decay)
-    return torch.optim.SGD(groups, args.lr, fused=True, **settings)
+    return torch.optim.SGD(groups, args.lr, momentum=0.9, fused=True)
 
 
 def fit(
@@ -251,8 +251,9 @@ def fit(
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     at = load_state(state_path, model, optimizer, scaler, args)
     rank, world = data.rank_and_world()
-    network = torch.compile(parallel(model, device)) if args.compile else parallel(model, device)
-
+    network = parallel(model, device)
+    if args.compile:  # an epoch's last, smaller batch has a graph of its own
+        network = torch.compile(network, dynamic=False)
     with noted_signals() as caught:
 
         def save() -> None:
@@ -311,9 +312,11 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     devices = None
     if device.type == "cuda":
         model, devices = nn.SyncBatchNorm.convert_sync_batchnorm(model), [device]
-    # the buffers are shared after each epoch: a broadcast between two passes would change what the
-    # first one's gradients need
-    return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    # see `share_statistics`; between the two passes of a step it would change what the first one's
+    # gradients need
+    model = nn.parallel.DistributedDataParallel(model, device_ids=devices)
+    model.broadcast_buffers = False
+    return model
 
 
 def say_how_to_continue(path: Path, at: dict, args: argparse.Namespace) -> None:
@@ -324,7 +327,8 @@ def say_how_to_continue(path: Path, at: dict, args: argparse.Namespace) -> None:
 
 
 def share_statistics(model: nn.Module) -> None:
-    """The first process's statistics of batch norm for all of a group."""
+    """The first process's statistics of batch norm for all of a group, before each step: what the
+    others collect on a CPU would be in no saved state."""
     for buffer in model.buffers() if data.rank_and_world()[1] > 1 else ():
         dist.broadcast(buffer, 0)
 
@@ -364,7 +368,10 @@ def train_steps(network: nn.Module, loss_fn, loader, optimizer, scaler, args, at
     for batch in loader:
         first = at["batch"] - at["batch"] % args.accumulate
         size = min(args.accumulate, len(batches) - first)
-        batch = Sample(*(field.to(device, non_blocking=True) for field in batch))
+        share_statistics(network)
+        # the rest stays: reading it would wait for the GPU
+        pixels = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels))
+        batch = batch._replace(**dict(zip(("images", "labels"), pixels, strict=True)))
         with autocast(device, args.amp):
             loss, logs = loss_fn(network, batch)
         scaler.scale(loss * world / size).backward()  # the group takes the mean over processes
@@ -510,14 +517,19 @@ class Progress:
 
 
 def remove(path: Path, suffixes: tuple[str, ...]) -> None:
-    """Remove the files of those suffixes that lie beside the checkpoint `path`."""
+    """Remove the files of those suffixes that lie beside the checkpoint `path`, and what was left
+    half written when a run was killed."""
     for suffix in suffixes:
         path.with_suffix(suffix).unlink(missing_ok=True)
+    for half in path.parent.glob(f".{path.stem}.*.tmp"):
+        half.unlink(missing_ok=True)
 
 
 def is_finished(path: Path, args: argparse.Namespace) -> bool:
     """Whether `path` was trained by this very command; UsageError where it was by another one."""
     if not path.exists():
+        if (state := path.with_suffix(".state")).exists():  # before anything of it is touched
+            check_same(read_tensors(state)["args"], args, state)
         return False
     checkpoint = read_checkpoint(path)
     check_same(checkpoint["args"], args, path)
@@ -631,7 +643,9 @@ def main(args: argparse.Namespace) -> None:
     # torchrun's processes get every so many members each, and do not speak to each other
     paths = {member: args.out / f"member_{member:02d}.pt" for member in ids[rank::world]}
     if args.overwrite:  # all of them now: what is there later on is of this run
-        for path in paths.values():
+        others = [path for path in args.out.glob("member_[0-9]*.pt")
+                  if int(path.stem.split("_")[1]) >= args.members]  # fmt: skip
+        for path in [*paths.values(), *others]:
             with locked(path):
                 remove(path, (".pt", ".jsonl", *UNFINISHED))
 

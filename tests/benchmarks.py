@@ -301,6 +301,7 @@ def bench_distill(args: argparse.Namespace) -> None:
         kept = distill.teacher_target(project.maps, batch, project.cache)[:, 0]
         online = torch.where(batch.flip[:, None, None].to(device), online.flip(-1), online)
         steps = (online.sqrt() - kept.sqrt()).abs().max().item() * 254 / MAX_STD**0.5
+        project.epoch = views
         _, memory = run_once({"published": published.published, "kept targets": project.project},
                              device)  # fmt: skip
     print_comparison("distill: an epoch, 64 images of 120 x 160, 10 members", spent, "published",

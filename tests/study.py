@@ -23,7 +23,7 @@ import data  # noqa: E402
 HELD_OUT = ("bicyclist", "pedestrian")
 ALL = ("--targets", "std", "entropy", "mutual_information", "msp")
 VARIANTS = {
-    "published": ("--views", "5"),
+    "std alone": ("--views", "5"),
     "all targets": (*ALL, "--views", "5"),
     "+ probabilities": (*ALL, "--distill-probs", "1", "--views", "5"),
     "+ strong views": (*ALL, "--distill-probs", "1", "--strong-views", "--views", "5"),
@@ -42,17 +42,17 @@ def call(args: argparse.Namespace, script: str, *flags) -> None:
 
 
 def write_extra(folder: Path) -> None:
-    """Drawn street scenes, some with unknown objects, as the images without labels."""
+    """Drawn street scenes as the images without labels."""
     folder.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "ood"):
-        scenes = data.SyntheticScenes(split)
-        for index in range(len(scenes)):
-            scenes.read(index)[0].save(folder / f"{scenes.stem(index)}.png")
+    scenes = data.SyntheticScenes("train")
+    for index in range(len(scenes)):
+        scenes.read(index)[0].save(folder / f"{scenes.stem(index)}.png")
 
 
 def measure(args: argparse.Namespace, name: str, *flags) -> dict:
     """metrics.json of an evaluation, which runs only if it is not there yet."""
-    folder = Path("results", f"{args.study}-{name}")
+    road = "-road" if args.road_anomaly else ""  # a set more is another evaluation
+    folder = Path("results", f"{args.study}{road}-{name}")
     file = args.out / folder / "metrics.json"
     if not file.exists():
         call(args, "evaluate.py", *flags, "--panels", 0, "--batch-size", 8, "--out", folder)

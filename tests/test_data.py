@@ -225,7 +225,7 @@ def test_crop_before_resize_equals_resize_before_crop():
     image, labels = Image.fromarray(image), Image.fromarray(labels)
     for scale in (0.5, 0.8, 1.0, 1.7):
         seed = np.random.default_rng(5)
-        part, mask, size = data.random_crop(image, labels, None, scale, (32, 40), seed)
+        part, mask, size = data.random_crop(image, labels, (60, 90), scale, (32, 40), seed)
         full = round(60 * scale), round(90 * scale)
         seed = np.random.default_rng(5)
         top, left = (int(seed.integers(full[k] - size[k] + 1)) for k in (0, 1))

@@ -493,7 +493,7 @@ def test_two_processes_distil_as_one(tmp_path):
         assert result["counts"]["n"] == one["counts"]["n"]
         assert result["counts"]["iou"] == one["counts"]["iou"]  # exactly, though 3 is no multiple
         for key in ("fidelity_pearson", "fidelity_rmsle"):
-            assert result["counts"][key] == pytest.approx(one["counts"][key], rel=1e-9)
+            assert result["counts"][key] == pytest.approx(one["counts"][key], abs=1e-4)
         for name, value in one["weights"].items():
             torch.testing.assert_close(result["weights"][name], value, rtol=1e-5, atol=1e-5)
         for name, value in one["sums"].items():
