@@ -59,27 +59,19 @@ from model import (
 # replaces them without. scale: a view is resized by a factor from it. The student's alone: jitter
 # of the colours (the paper, VOC), views whose teacher targets are kept, epochs to a member's one,
 # weight of the RMSLE (the paper: 1).
+PRETRAINED = dict(backbone="resnet101", weights="imagenet", lr=0.01, head_lr_mult=10.0,
+                  weight_decay=5e-4, warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5, student=1,
+                  uncertainty_weight=1.0)  # fmt: skip
 RECIPES = {
     "synthetic": dict(backbone="resnet18", weights="none", epochs=2, batch_size=4,
                       crop_size=(96, 144), lr=0.1, head_lr_mult=1.0, weight_decay=5e-4,
-                      warmup=10, scale=(1.0, 1.0), jitter=0.0, views=1,
-                      student=3, uncertainty_weight=2.0),
-    "camvid": dict(backbone="resnet101", weights="imagenet", epochs=100, batch_size=8,
-                   crop_size=(360, 480), lr=0.01, head_lr_mult=10.0, weight_decay=5e-4,
-                   warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5, student=1,
-                   uncertainty_weight=1.0),
-    "cityscapes": dict(backbone="resnet101", weights="imagenet", epochs=200, batch_size=16,
-                       crop_size=(768, 768), lr=0.01, head_lr_mult=10.0, weight_decay=5e-4,
-                       warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5, student=1,
-                       uncertainty_weight=1.0),
-    "voc": dict(backbone="resnet101", weights="imagenet", epochs=100, batch_size=16,
-                crop_size=(512, 512), lr=0.001, head_lr_mult=10.0, weight_decay=1e-4,
-                warmup=0, scale=(0.5, 2.0), jitter=0.2, views=5, student=1,
-                uncertainty_weight=1.0),
-    "folder": dict(backbone="resnet101", weights="imagenet", epochs=100, batch_size=8,
-                   crop_size=(512, 512), lr=0.01, head_lr_mult=10.0, weight_decay=5e-4,
-                   warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5, student=1,
-                   uncertainty_weight=1.0),
+                      warmup=10, scale=(1.0, 1.0), jitter=0.0, views=1, student=3,
+                      uncertainty_weight=2.0),
+    "camvid": PRETRAINED | dict(epochs=100, batch_size=8, crop_size=(360, 480)),
+    "cityscapes": PRETRAINED | dict(epochs=200, batch_size=16, crop_size=(768, 768)),
+    "voc": PRETRAINED | dict(epochs=100, batch_size=16, crop_size=(512, 512), lr=0.001,
+                             weight_decay=1e-4, jitter=0.2),
+    "folder": PRETRAINED | dict(epochs=100, batch_size=8, crop_size=(512, 512)),
 }  # fmt: skip
 SCRATCH = dict(lr=0.05, head_lr_mult=1.0, warmup=50)
 # The paper's for all heads; this one, a sigmoid near 0, always needs it. Divided by the weight of
