@@ -260,31 +260,28 @@ class Tracker:
         self.confusion = metrics.ConfusionMatrix(num_classes)
         self.proper, self.calibration = metrics.ProperScores(), metrics.CalibrationError()
         self.classes = metrics.ClassUncertainty(num_classes)
-        self.scores = defaultdict(lambda: (metrics.Detection(), metrics.SelectivePrediction(),
-                                           metrics.RejectionCurve(num_classes)))
+        self.scores = defaultdict(lambda: metrics.RejectionCurve(num_classes))
 
     def update(self, output: Output, labels: Tensor) -> Tensor:
-        """Takes in a batch; returns where the prediction is right, bool [B, H, W]."""
+        """Takes in a batch; returns which labelled pixels it has right, bool [B, H, W]."""
         prediction = model.predicted(output.probs)
-        correct, valid = prediction == labels, labels < data.IGNORED
         self.confusion.update(prediction, labels)
         self.proper.update(output.probs, labels)
         self.calibration.update(output.probs, labels, prediction)
         self.classes.update(output.scores[self.primary], prediction, labels)
         for name, score in output.scores.items():
-            detection, selective, rejection = self.scores[name]
-            detection.update(score, ~correct, valid)
-            selective.update(score, correct, valid)
-            rejection.update(score, prediction, labels)
-        return correct
+            self.scores[name].update(score, prediction, labels)
+        return (prediction == labels) & (labels < data.IGNORED)
 
     def figures(self) -> tuple[dict, dict[str, dict], list[float]]:
         """Of the segmentation, of every score, and the mean uncertainty of each class."""
         segmentation = self.confusion.compute() | self.proper.compute() | self.calibration.compute()
         segmentation["reliability"] = segmentation.pop("bins")
         classes = self.classes.compute()
-        scores = {name: selective.compute() | rejection.compute() | detection_figures(detection)
-                  for name, (detection, selective, rejection) in self.scores.items()}
+        scores = {}
+        for name, rejection in self.scores.items():
+            detection, selective = rejection.errors()
+            scores[name] = selective.compute() | rejection.compute() | detection_figures(detection)
         return segmentation | {"munc": classes["munc"]}, scores, classes["uncertainty"]
 
 
@@ -328,7 +325,7 @@ def evaluate_split(networks: Networks, dataset, args) -> tuple[dict, list[float]
         for name, output in outputs.items():  # the student comes last
             if name not in trackers:
                 trackers[name] = Tracker(args.primary[name], num_classes)
-            correct = trackers[name].update(output, labels) & valid
+            correct = trackers[name].update(output, labels)
         accuracy += (correct.sum((1, 2)) / valid.sum((1, 2))).tolist()
         if args.ood is not None:
             known = ~(labels == data.IGNORED).flatten(1).any(dim=1)

@@ -501,6 +501,16 @@ class RejectionCurve(Accumulator):
             width = self.layout[name][1]
             self._add(name, _count(kind.add_(bucket * width), BUCKETS * width))
 
+    def errors(self) -> tuple["Detection", "SelectivePrediction"]:
+        """What those would hold of the same uncertainty, a wrong prediction being positive."""
+        predicted = self.state["predicted"]
+        right = predicted[:, : self.num_classes].sum(1)
+        wrong = predicted[:, self.num_classes : -1].sum(1)
+        detection, selective = Detection(predicted.device), SelectivePrediction(predicted.device)
+        for accumulator, flags in ((detection, (right, wrong)), (selective, (wrong, right))):
+            accumulator.state["histogram"] = torch.stack([*flags, torch.zeros_like(right)])
+        return detection, selective
+
     def compute(self) -> dict:
         """-> rejection (10 mIoU, over the classes with a non-empty union among the kept pixels),
         rejection_classes (how many these are, 10 integers), n (pixels)."""

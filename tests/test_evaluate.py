@@ -269,7 +269,8 @@ def test_large_images_are_predicted_in_tiles(monkeypatch):
 
     monkeypatch.setattr(evaluate, "predict", pointwise)
     pixels = np.random.default_rng(0).integers(0, 256, (45, 67, 3)).astype(np.uint8)
-    args = argparse.Namespace(image_size=None, device="cpu", primary={"student": "dudes"})
+    args = argparse.Namespace(image_size=None, device="cpu", classes=["a", "b"],
+                              primary={"student": "dudes", "teacher": "std"})  # fmt: skip
     image, networks = Image.fromarray(pixels), {"student": None}
     labels, u = evaluate.predict_maps(networks, image, args)
     np.testing.assert_allclose(u, pixels.mean(axis=2) / 255, atol=1e-6)

@@ -292,6 +292,18 @@ def test_rejection_equals_brute_force(case):
         assert result["rejection_classes"][tenth] == classes
 
 
+def test_a_rejection_curve_knows_detection_and_selective_prediction_of_errors():
+    batches = [make_batch(seed=seed) for seed in range(3)]
+    rejection = run("rejection", *batches)
+    for name, found in zip(("detection", "selective"), rejection.errors(), strict=True):
+        alone = ACCUMULATORS[name]()
+        for b in batches:
+            right, valid = b["prediction"] == b["labels"], b["labels"] < C
+            alone.update(b["uncertainty"], right if name == "selective" else ~right, valid)
+        assert torch.equal(found.state["histogram"][:2], alone.state["histogram"][:2])
+        assert found.compute() == alone.compute()
+
+
 def test_rejection_begins_at_the_miou():
     batch = make_batch()
     first = run("rejection", batch).compute()["rejection"][0]
