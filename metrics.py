@@ -379,21 +379,23 @@ class ComponentDetection(Accumulator):
         tau = (len(self.TAU),)
         super().__init__(device, n=(2,), sums=(2,), tp=tau, fn=tau, fp=tau)
 
-    def update(self, prediction: Tensor, mask: Tensor) -> None:
-        """prediction: bool [B, H, W]; mask: 1 anomaly, 0 none, anything else void."""
+    def update(self, prediction: Tensor, mask: Tensor, truth: list | None = None) -> None:
+        """prediction: bool [B, H, W]; mask: 1 anomaly, 0 none, anything else void; truth: the
+        `connected_components` of each frame's anomalies, if at hand."""
         _check_shapes(prediction=prediction, mask=mask)
-        for found, truth in zip(prediction.cpu().numpy(), mask.cpu().numpy(), strict=True):
-            siou, ppv = self._frame(found.astype(bool), truth)
+        found, masks = prediction.cpu().numpy().astype(bool), mask.cpu().numpy()
+        truth = truth or [connected_components(one == 1) for one in masks]
+        for frame in zip(found, masks, truth, strict=True):
+            siou, ppv = self._frame(*frame)
             reached, exact = (x[:, None] >= self.TAU for x in (siou, ppv))
             for name, values in (("n", [len(siou), len(ppv)]), ("sums", [siou.sum(), ppv.sum()]),
                                  ("tp", reached.sum(0)), ("fn", (~reached).sum(0)),
                                  ("fp", (~exact).sum(0))):  # fmt: skip
                 self._add(name, torch.as_tensor(np.asarray(values), device=mask.device))
 
-    def _frame(self, prediction: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _frame(self, prediction: np.ndarray, mask: np.ndarray, truth: np.ndarray):
         """sIoU of each true, PPV of each predicted component of one frame."""
         found = connected_components(prediction & (mask <= 1))
-        truth = connected_components(mask == 1)
         small = np.bincount(truth.ravel()) < self.smallest[1]
         small[0] = False
         inside = (mask <= 1) & ~small[truth]

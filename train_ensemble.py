@@ -105,7 +105,7 @@ def resolve(args: argparse.Namespace, recipe: dict) -> None:
     device = choose_device(args.device)
     cuda = device.type == "cuda"
     args.device = str(device)
-    args.amp = choose_amp(args.amp, device, training=True)
+    args.amp = choose_amp(args.amp, device)
     if args.compile is None:
         args.compile = cuda
     if args.workers is None:  # on a CPU the training itself needs every core

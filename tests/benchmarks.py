@@ -375,7 +375,7 @@ def bench_train(args: argparse.Namespace) -> None:
         return F.interpolate(x, size=size, mode="bilinear")
 
     last, first = torch.channels_last, torch.contiguous_format
-    amp = evaluate.choose_amp("auto", device, training=True)
+    amp = evaluate.choose_amp("auto", device)
     ways = {"published": step(first, "fp16" if cuda else "off", False, False, interpolate)}
     if cuda:
         ways |= {"project": step(last, amp, True, True), "eager": step(last, amp, False, True),

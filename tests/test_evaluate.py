@@ -22,7 +22,7 @@ def both(ckpts, *more):
 
 def test_metrics_json_equals_brute_force(trained, command, tmp_path):
     data, ckpts = trained
-    flags = ["--student", ckpts / "student.pt", "--teacher", ckpts, "--device", "cpu"]
+    flags = both(ckpts, "--amp", "off")
     flags += ["--ood", "pasted", "--out", tmp_path / "r", "--save-scores", tmp_path / "s"]
     flags += ["--batch-size", 2, "--benchmark", "--no-compile"]
     code, out, _ = command("evaluate", *flags)

@@ -370,8 +370,12 @@ def write_anomalies(root, count=3, positive=True):
     return root
 
 
-def test_every_figure_equals_that_of_the_saved_maps(trained, command, tmp_path):
+@pytest.mark.parametrize("waiting", [2**30, 100_000, 0])  # bytes: all scores, some, none
+def test_every_figure_equals_that_of_the_saved_maps(
+    trained, command, tmp_path, monkeypatch, waiting
+):
     folder, ckpts = trained
+    monkeypatch.setattr(evaluate, "WAITING", waiting)
     odd, flat = write_anomalies(tmp_path / "odd"), write_anomalies(tmp_path / "flat", 2, False)
     flags = ["--student", ckpts / "student.pt", "--teacher", ckpts, "--device", "cpu",
              "--panels", 1, "--ood", odd, "pasted", flat, "--out", tmp_path / "r",
