@@ -331,6 +331,15 @@ def decode_files(dataset: SegmentationDataset, path: Path) -> None:
         raise
 
 
+def in_proportion(image, image_size: tuple[int, int] | None) -> tuple[int, int]:
+    """(H, W) of an image of any shape as input of a network that is used to `image_size`: of its
+    height, but no more than four times as wide."""
+    if image_size is None:
+        return image.height, image.width
+    factor = min(image_size[0] / image.height, 4 * image_size[1] / image.width)
+    return max(1, round(image.height * factor)), max(1, round(image.width * factor))
+
+
 def to_input(image: Image.Image, image_size: tuple[int, int] | None) -> Tensor:
     """An RGB image as uint8 [3, h, w], resized to `image_size` (H, W) where that is given."""
     if image_size is not None and image.size != (image_size[1], image_size[0]):
@@ -909,8 +918,7 @@ class AnomalyImages(SegmentationDataset):
         self.names = [f"{path.parent.name}_" * (count[path.stem] > 1) + path.stem for path in shown]
 
     def input_size(self, image) -> tuple[int, int]:
-        height = self.image_size[0] if self.image_size else image.height
-        return height, max(1, round(image.width * height / image.height))
+        return in_proportion(image, self.image_size)
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
         if not self.masks:

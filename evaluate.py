@@ -630,7 +630,8 @@ def predict_maps(networks: Networks, image: Image.Image, args) -> tuple[np.ndarr
     width, height = image.size
 
     def maps(part: Image.Image, size: tuple[int, int]):
-        pixels = data.to_input(part, args.image_size)[None].to(args.device)
+        pixels = data.to_input(part, data.in_proportion(part, args.image_size))
+        pixels = pixels[None].to(args.device)
         output = predict(networks, pixels, size, args)[name]
         u = output.scores[args.primary[name]][0] / unit(args.primary["teacher"], len(args.classes))
         u = u.clamp(0, 1)

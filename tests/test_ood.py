@@ -102,6 +102,13 @@ def split(folder):
     return open_dataset("folder", folder, "val", image_size=(12, 20))
 
 
+def test_an_input_keeps_the_proportions_of_its_image():
+    for size, wanted in (((720, 1280), (180, 320)), ((90, 60), (180, 120)), ((1, 1), (180, 180)),
+                         ((1, 5000), (1, 960)), ((5000, 1), (180, 1))):  # fmt: skip
+        assert data.in_proportion(Image.new("L", size[::-1]), (180, 240)) == wanted
+    assert data.in_proportion(Image.new("L", (7, 5)), None) == (5, 7)
+
+
 # ------------------------------------------------------------------------------ layouts
 
 
