@@ -450,6 +450,7 @@ def test_mc_dropout_teaches(trained, command, tmp_path):
 
 def test_errors_are_one_line_with_code_2(folder, trained, command, tmp_path):
     ckpts, out = trained[1], ["--out", tmp_path / "new"]
+    student = ["--out", tmp_path / "new/student.pt"]
     train = [*small(folder), *out]
     single = write_folder(tmp_path / "single", train=1)
     for name, flags, words in (
@@ -466,11 +467,12 @@ def test_errors_are_one_line_with_code_2(folder, trained, command, tmp_path):
         ("train", [*small(single), *out], "at least 2"),
         ("train", ["--dataset", "voc", *out], "needs --data DIR"),
         ("train", [*train, "--backbone", "vgg"], "invalid choice"),
-        ("distill", ["--teacher", tmp_path / "gone", *out], "no member_"),
-        ("distill", ["--teacher", ckpts / "member_00.pt", *out], "at least 2 members"),
-        ("distill", ["--teacher", ckpts, "--mc-samples", 3, *out], "name a single checkpoint"),
-        ("distill", ["--teacher", ckpts, "--views", -1, *out], "cannot be negative"),
-        ("distill", ["--teacher", ckpts, "--hold-out", "class 1", *out], "knows the classes"),
+        ("distill", ["--teacher", ckpts, *out], "name a file that ends in .pt"),
+        ("distill", ["--teacher", tmp_path / "gone", *student], "no member_"),
+        ("distill", ["--teacher", ckpts / "member_00.pt", *student], "at least 2 members"),
+        ("distill", ["--teacher", ckpts, "--mc-samples", 3, *student], "name a single checkpoint"),
+        ("distill", ["--teacher", ckpts, "--views", -1, *student], "cannot be negative"),
+        ("distill", ["--teacher", ckpts, "--hold-out", "class 1", *student], "knows the classes"),
     ):
         code, _, err = command(name, *flags)
         assert code == 2 and words in err, (flags, err)
