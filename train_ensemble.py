@@ -231,8 +231,7 @@ def fit(
     model: DeepLabV3, loss_fn, train_loader: DataLoader, validation, args: argparse.Namespace,
     path: Path, config: dict,
 ) -> None:  # fmt: skip
-    """Train `model` on the device of `args` and write the checkpoint `path`; validation(model) is
-    what `validate` returns.
+    """Train `model` and write the checkpoint `path`; validation(model) returns as `validate` does.
 
     The state of the running training lies in `path`.state and is taken up if it is there; one JSON
     line an epoch goes to `path`.jsonl. Raises UsageError where the loss is not finite or the state
