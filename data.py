@@ -587,17 +587,17 @@ class EpochBatches(Sampler):
             yield [(self.epoch, int(index)) for index in batch[self.rank :: self.world]]
 
 
-def leave_signals_to_parent(_: int) -> None:
-    """A worker that dies of Ctrl-C breaks the loop that its parent is about to end in order."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def leave_ctrl_c_to_parent(_: int) -> None:
+    """A worker that dies of Ctrl-C breaks the loop that its parent is about to end in order. But
+    SIGTERM is how the parent ends it: were that ignored, the parent would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def worker_settings(workers: int, device: torch.device) -> dict:
     # a generator of its own: the default one would draw from the stream that dropout uses
     own, pin = torch.Generator(), device.type == "cuda"
     return dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=pin, generator=own,
-                worker_init_fn=leave_signals_to_parent)  # fmt: skip
+                worker_init_fn=leave_ctrl_c_to_parent)  # fmt: skip
 
 
 def training_loader(views: TrainingViews, batch_size: int, workers: int, device) -> DataLoader:

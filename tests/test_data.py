@@ -1,6 +1,9 @@
 """Readers on files in the publishers' layouts, training views, loaders, the drawn scenes."""
 
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -338,6 +341,20 @@ def test_workers_and_restarts_change_no_batch(folder):
     late = batches(dataset, 0, epochs=1, start=1)
     assert torch.equal(late[0][0], alone[1][0])
     assert alone[0][0].dtype == alone[0][1].dtype == torch.uint8
+
+
+def test_a_process_ends_although_its_workers_are_still_there(folder):
+    script = f"""
+import torch, data
+views = data.TrainingViews(data.open_dataset("folder", {str(folder)!r}, "train"), (32, 32),
+                           (1.0, 1.0), [1, 2, 3])
+batches = iter(data.training_loader(views, 2, 1, torch.device("cpu")))
+next(batches)
+data.kept = [batches]  # as a traceback keeps it
+data.kept.append(data.kept)
+"""
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", script], cwd=root, check=True, timeout=60)
 
 
 def test_loaders_leave_the_global_generator_alone(folder):
