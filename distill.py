@@ -29,10 +29,18 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 import data
-import metrics
 import train_ensemble as training
 from data import IGNORED, Sample
-from evaluate import Parser, UsageError, autocast, locked, run, validate
+from evaluate import (
+    Parser,
+    UsageError,
+    autocast,
+    locked,
+    run,
+    teacher_scores,
+    unit,
+    validate,
+)
 from model import BACKBONES, MAX_STD, Ensemble, load_ensemble, member_files, save_atomically
 from train_ensemble import RECIPES, cross_entropy, fit, sum_over_processes
 
@@ -56,7 +64,7 @@ def rmsle(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
     gradient finite at 0.
     """
     difference = torch.log1p(student.float()) - torch.log1p(teacher.float())
-    return (mean_of((difference.square()), valid) + 1e-12).sqrt()
+    return (mean_of(difference.square(), valid) + 1e-12).sqrt()
 
 
 def divergence(logits: Tensor, probs: Tensor, valid: Tensor) -> Tensor:
@@ -121,13 +129,10 @@ def teacher_maps(teacher: Ensemble, targets: list[str], amp: str, with_probs=Fal
 
     def maps(images: Tensor, size: tuple[int, int], key: list[int]) -> Tensor:
         with dropout_of(teacher, key, images), torch.inference_mode(), autocast(images.device, amp):
-            probs, std, expected = teacher(images, size, "mutual_information" in targets)
-            log_c = math.log(probs.shape[1])
-            values = {"std": lambda: std, "msp": lambda: metrics.max_softmax(probs),
-                      "entropy": lambda: metrics.predictive_entropy(probs) / log_c,
-                      "mutual_information":
-                          lambda: metrics.mutual_information(probs, expected) / log_c}  # fmt: skip
-            channels = torch.stack([values[name]() for name in targets], dim=1)
+            prediction = teacher(images, size, "mutual_information" in targets)
+            probs, scores = prediction.probs, teacher_scores(prediction, targets)
+            channels = [u / unit(name, probs.shape[1]) for name, u in scores.items()]
+            channels = torch.stack(channels, dim=1)
             found = torch.cat([channels, probs], dim=1) if with_probs else channels
         return found.clone()  # out of inference mode: autograd may keep it
 
@@ -150,11 +155,10 @@ def dropout_of(teacher: Ensemble, key: list[int], images: Tensor):
 def teacher_target(maps, batch: Sample, cache: "TargetCache | None" = None) -> Tensor:
     """`maps` of a batch's unflipped views, stored ones where there is a cache, flipped with it."""
     flip = batch.flip.to(batch.images.device, non_blocking=True)[:, None, None, None]
-    images = torch.where(flip, batch.images.flip(-1), batch.images)
-    key = [int(batch.view[0]), int(batch.index[0])]
 
     def compute() -> Tensor:
-        return maps(images, images.shape[-2:], key)
+        images = torch.where(flip, batch.images.flip(-1), batch.images)
+        return maps(images, images.shape[-2:], [int(batch.view[0]), int(batch.index[0])])
 
     target = cache.look_up(batch.view, batch.index, compute) if cache else compute()
     return torch.where(flip, target.flip(-1), target)

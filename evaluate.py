@@ -207,10 +207,7 @@ def predict(networks: Networks, images: Tensor, size, args, tap=None) -> dict[st
             mean = model.predictive_statistics(tap(stream) if tap else stream, True)
         probs = first.softmax(dim=1)
         outputs["member"] = Output(probs, free_scores(first, probs))
-        outputs["teacher"] = Output(mean.probs, {
-            "std": mean.std, "entropy": metrics.predictive_entropy(mean.probs),
-            "mutual_information": metrics.mutual_information(mean.probs, mean.expected_entropy),
-            "msp": metrics.max_softmax(mean.probs)})
+        outputs["teacher"] = Output(mean.probs, teacher_scores(mean, MEASURES))
     if "student" in networks:
         with autocast(images.device, args.amp):
             logits, uncertainty = networks["student"](images, size)
@@ -221,6 +218,18 @@ def predict(networks: Networks, images: Tensor, size, args, tap=None) -> dict[st
         learned = dict(zip(names, maps, strict=True))
         outputs["student"] = Output(probs, learned | free_scores(logits, probs))
     return outputs
+
+
+MEASURES = ("std", "entropy", "mutual_information", "msp")
+
+
+def teacher_scores(prediction: model.EnsemblePrediction, names) -> dict[str, Tensor]:
+    """Those of `MEASURES` that are named, in this order, [B, H, W] each; entropies in nats."""
+    probs, std, expected_entropy = prediction
+    scores = {"std": lambda: std, "entropy": lambda: metrics.predictive_entropy(probs),
+              "mutual_information": lambda: metrics.mutual_information(probs, expected_entropy),
+              "msp": lambda: metrics.max_softmax(probs)}
+    return {name: scores[name]() for name in names}
 
 
 def free_scores(logits: Tensor, probs: Tensor) -> dict[str, Tensor]:
@@ -398,7 +407,7 @@ def image_scores_of(networks: Networks, dataset, args) -> dict[str, list]:
     return found
 
 
-WAITING = 2**30
+WAITING = 2**30  # bytes of float16 scores: 40 million pixels of 13 scores
 
 
 @torch.inference_mode()
@@ -416,9 +425,11 @@ def evaluate_ood(networks: Networks, ood: data.OODSet, normal: dict, args) -> tu
         for key, values in scores.items():
             detections[key].update(values, mask)
         size += sum(values.nbytes for values in scores.values())
-        waiting = [*waiting, (mask, scores)] if size <= WAITING else []
-        for key, scores in image_scores(outputs):
-            found[key] += scores.tolist()
+        waiting.append((mask, scores))
+        if size > WAITING:
+            waiting.clear()
+        for key, statistics in image_scores(outputs):
+            found[key] += statistics.tolist()
         anomalous += (mask == 1).flatten(1).any(dim=1).tolist()
         sizes["x".join(map(str, images.shape[-2:]))] += len(images)
         save_scores(args, ood.dataset, ood.name, outputs, index)
