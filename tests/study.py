@@ -11,9 +11,11 @@ Markdown tables: mean +- standard deviation over the seeds.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,16 +39,23 @@ def call(args: argparse.Namespace, script: str, *flags) -> None:
     """One of the three commands, in the study's folder; its failure ends the study."""
     words = [sys.executable, str(ROOT / script), "--device", args.device, *map(str, flags)]
     print("$", " ".join([script, *words[2:]]), flush=True)
-    if code := subprocess.run(words, cwd=args.out).returncode:
+    threads = os.environ
+    if args.jobs > 1 and "--members" not in flags:  # an ensemble shares the cores out by itself
+        threads = threads | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
+    if code := subprocess.run(words, cwd=args.out, env=threads).returncode:
         sys.exit(code)
 
 
 def write_extra(folder: Path) -> None:
     """Drawn street scenes as the images without labels."""
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        return
+    unfinished = folder.with_suffix(".tmp")
+    unfinished.mkdir(exist_ok=True)
     scenes = data.SyntheticScenes("train")
     for index in range(len(scenes)):
-        scenes.read(index)[0].save(folder / f"{scenes.stem(index)}.png")
+        scenes.read(index)[0].save(unfinished / f"{scenes.stem(index)}.png")
+    unfinished.rename(folder)
 
 
 def measure(args: argparse.Namespace, name: str, *flags) -> dict:
@@ -73,18 +82,24 @@ def run(args: argparse.Namespace) -> dict[str, list[dict]]:
         found, more = {"teacher": [measure(args, "teacher", *teacher, *ood)]}, ood
     else:
         found, more = {}, teacher
-    for seed in range(args.seeds):
-        for variant in STUDIES[args.study]:
-            flags = variant.split() if variant.startswith("--") else VARIANTS[variant]
-            name = "".join(c for c in " ".join(map(str, flags)) if c.isalnum()) + f"-{seed}"
-            student = Path("students", f"{name}.pt")
-            if not (args.out / student).exists():
-                call(args, "distill.py", *teacher, "--seed", seed, *flags, "--cache", "cache",
-                     "--out", student)  # fmt: skip
-            results = measure(args, name, "--student", student, *more)
-            log = (args.out / student).with_suffix(".jsonl").read_text().splitlines()
-            results["minutes"] = sum(json.loads(line)["seconds"] for line in log) / 60
-            found.setdefault(variant, []).append(results)
+
+    def student(seed: int, variant: str) -> dict:
+        flags = variant.split() if variant.startswith("--") else VARIANTS[variant]
+        name = "".join(c for c in " ".join(map(str, flags)) if c.isalnum()) + f"-{seed}"
+        path = Path("students", f"{name}.pt")
+        if not (args.out / path).exists():
+            call(args, "distill.py", *teacher, "--seed", seed, *flags, "--cache", "cache",
+                 "--out", path)  # fmt: skip
+        results = measure(args, name, "--student", path, *more)
+        log = (args.out / path).with_suffix(".jsonl").read_text().splitlines()
+        return results | {"minutes": sum(json.loads(line)["seconds"] for line in log) / 60}
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        variants = STUDIES[args.study]
+        waiting = [(variant, pool.submit(student, seed, variant))
+                   for seed in range(args.seeds) for variant in variants]  # fmt: skip
+        for variant, result in waiting:
+            found.setdefault(variant, []).append(result.result())
     return found
 
 
@@ -166,8 +181,8 @@ def main(args: argparse.Namespace) -> None:
     {"views": print_views, "targets": print_targets}[args.study](found)
     protocol = next(iter(found.values()))[0]["protocol"]
     print(f"\nseeds 0..{args.seeds - 1}, {args.members} members, {args.epochs} epochs, "
-          f"{protocol['network_input']}, torch {protocol['torch']}, {protocol['hardware']}, commit "
-          f"{protocol['commit']}")  # fmt: skip
+          f"{protocol['network_input']}, {args.jobs} at a time, torch {protocol['torch']}, "
+          f"{protocol['hardware']}, commit {protocol['commit']}")  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -177,6 +192,7 @@ if __name__ == "__main__":
     parser.add_argument("--road-anomaly", type=Path, help="RoadAnomaly; without it, one set less")
     parser.add_argument("--out", type=Path, default=Path("study"), help="(default: study)")
     parser.add_argument("--seeds", type=int, default=3, help="students a variant (default: 3)")
+    parser.add_argument("--jobs", type=int, default=1, help="students trained side by side")
     parser.add_argument("--members", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--backbone", default="resnet18")
