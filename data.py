@@ -232,12 +232,12 @@ class SegmentationDataset(Dataset):
 
     def labels(self, mask: Image.Image, index: int) -> np.ndarray:
         """Raw values of (a part of) the mask `index` to uint8 labels; DataError at unknown ones."""
-        raw = np.asarray(mask)
-        if not (valid := self.valid[raw]).all():
-            wrong = ", ".join(map(str, np.unique(raw[~valid])[:8]))
+        wrong = np.flatnonzero(np.array(mask.histogram()) * ~self.valid)
+        if len(wrong):
+            wrong = ", ".join(map(str, wrong[:8]))
             raise DataError(f"the mask {self.masks[index]} holds {wrong}, no label of {self.name}; "
                             "is it the right kind of file?")  # fmt: skip
-        return self.table[raw]
+        return np.array(mask.point(self.table.tolist()))  # in C: a third of an indexed table's time
 
     def remove_classes(self, hold_out: list[str]) -> None:
         """Take classes out of the network: their pixels become 254, the rest is numbered anew."""
@@ -344,7 +344,7 @@ def to_input(image: Image.Image, image_size: tuple[int, int] | None) -> Tensor:
     """An RGB image as uint8 [3, h, w], resized to `image_size` (H, W) where that is given."""
     if image_size is not None and image.size != (image_size[1], image_size[0]):
         image = image.resize((image_size[1], image_size[0]), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.stack([np.asarray(channel) for channel in image.split()]))
 
 
 class SyntheticScenes(SegmentationDataset):
