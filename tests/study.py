@@ -143,32 +143,58 @@ def print_views(found: dict[str, list[dict]]) -> None:
 
 
 def print_targets(found: dict[str, list[dict]]) -> None:
-    """Segmentation, then every score of every network at finding errors and the unknown."""
-    rows, teacher = [], found["teacher"][0]
-    networks = {"member": [teacher], "teacher": [teacher]}
-    networks |= {variant: found[variant] for variant in STUDIES["targets"]}
-    for name, results in networks.items():
-        kind = name if name in ("member", "teacher") else "student"
-        part = [result["segmentation"][kind] for result in results]
-        minutes = [result.get("minutes") for result in results]
-        nll = spread([p["nll"] for p in part], 1, 3)
-        rows.append([name, spread([p["miou"] for p in part]), nll, spread([p["ece"] for p in part]),
-                     spread(minutes, 1)])  # fmt: skip
-    table(["", "mIoU % ↑", "NLL ↓", "ECE % ↓", "minutes"], rows)
+    """Segmentation, what the distilled scores add to the free ones, then every score."""
+    kinds = {"member": "member", "teacher": "teacher"}
+    kinds |= dict.fromkeys(STUDIES["targets"], "student")
+    found = {"member": found["teacher"], **found}
     rows = []
-    for name, results in networks.items():
-        kind = name if name in ("member", "teacher") else "student"
-        for score in (key for key in results[0]["uncertainty"] if key.startswith(kind + "/")):
-            errors = [result["uncertainty"][score] for result in results]
-            row = [name, f"`{score.partition('/')[2]}`", spread([e["auroc"] for e in errors]),
-                   spread([e["aurc"] for e in errors], 1, 4)]  # fmt: skip
-            for ood in results[0]["ood"]:
-                scores = [result["ood"][ood][score] for result in results]
-                keys = ("auroc", "ap", "fpr95")
-                row.append(" / ".join(spread([s[key] for s in scores]) for key in keys))
+    for name, kind in kinds.items():
+        part = [result["segmentation"][kind] for result in found[name]]
+        minutes = [result["minutes"] for result in found[name] if "minutes" in result]
+        rows.append([name, spread([p["miou"] for p in part]),
+                     spread([p["nll"] for p in part], 1, 3),
+                     spread([p["ece"] for p in part]), spread(minutes, 1)])  # fmt: skip
+    table(["", "mIoU % ↑", "NLL ↓", "ECE % ↓", "minutes"], rows)
+
+    tasks = {"errors": lambda result: result["uncertainty"]}
+    for ood in found["teacher"][0]["ood"]:
+        tasks[ood] = lambda result, ood=ood: result["ood"][ood]
+    scores = {name: [key for key in found[name][0]["uncertainty"] if key.startswith(kind + "/")]
+              for name, kind in kinds.items()}  # fmt: skip
+    rows = [[name] for name in kinds]
+    for figures in tasks.values():
+        for row in rows:
+            row.append(gain(found[row[0]], scores[row[0]], figures))
+    table(["best AUROC %: free → distilled (paired difference)", *tasks], rows)
+
+    rows = []
+    for name in kinds:
+        for key in scores[name]:
+            row = [name, f"`{key.partition('/')[2]}`"]
+            for task, figures in tasks.items():
+                values = [figures(result)[key] for result in found[name]]
+                keys = ("auroc",) if task == "errors" else ("auroc", "ap", "fpr95")
+                row.append(" / ".join(spread([v[k] for v in values]) for k in keys))
+                if task == "errors":
+                    row.append(spread([v["aurc"] for v in values], 1, 4))
             rows.append(row)
-    sets = [f"{name}: AUROC / AP / FPR95 %" for name in teacher["ood"]]
+    sets = [f"{task}: AUROC / AP / FPR95 %" for task in tasks if task != "errors"]
     table(["", "score", "errors: AUROC % ↑", "AURC ↓", *sets], rows)
+
+
+def gain(results: list[dict], keys: list[str], figures) -> str:
+    """The score of the highest mean AUROC among the free and among the distilled ones."""
+    best = []
+    for distilled in (False, True):
+        among = {key: [100 * figures(result)[key]["auroc"] for result in results]
+                 for key in keys if ("/dudes" in key) == distilled}  # fmt: skip
+        if among:
+            best.append(max(among.items(), key=lambda item: statistics.mean(item[1])))
+    cells = [f"`{key.partition('/')[2]}` {spread(values, 1)}" for key, values in best]
+    if len(best) == 2:
+        difference = [b - a for a, b in zip(best[0][1], best[1][1], strict=True)]
+        cells[1] += f" ({spread(difference, 1)})"
+    return " → ".join(cells)
 
 
 def main(args: argparse.Namespace) -> None:
