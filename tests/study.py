@@ -32,7 +32,7 @@ VARIANTS = {
     "+ extra images": (*ALL, "--distill-probs", "1", "--strong-views", "--extra", "extra",
                        "--views", "5"),
 }
-STUDIES = {"views": ("--views 0", "--views 1", "--views 5"), "targets": tuple(VARIANTS)}
+STUDIES = {"views": ("--views 0", "--views 5"), "targets": tuple(VARIANTS)}
 
 
 def call(args: argparse.Namespace, script: str, *flags) -> None:
