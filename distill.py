@@ -9,8 +9,8 @@ The student learns (Landgraf et al. 2024, doi 10.1007/s41064-024-00280-4)
     RMSLE = sqrt( mean( (log(1 + u_student) - log(1 + u_teacher))^2 ) )
 
 from the labels and from the teacher's standard deviation u (model.py) on the very view that it
-sees itself. --targets adds a term for each further measure, --distill-probs one for the teacher's
-mean probabilities.
+sees itself. --targets adds an RMSLE for each further measure; --distill-probs V puts the weighted
+mean of the cross-entropy and V times the divergence from the teacher's probabilities in its place.
 """
 
 import argparse
@@ -102,7 +102,9 @@ def distillation_loss(target_of, targets: list[str], weight: float, probs_weight
             valid = torch.cat([valid, others.labels != IGNORED])
         logs["rmsle"] = sum(rmsle(uncertainty[:, t], target[:, t], valid)
                             for t in range(len(targets)))  # fmt: skip
-        return logs["ce"] + weight * logs["rmsle"] + probs_weight * logs.get("kl", 0), logs
+        # a mean, not a sum: it needs no other learning rate
+        segmentation = (logs["ce"] + probs_weight * logs.get("kl", 0)) / (1 + probs_weight)
+        return segmentation + weight * logs["rmsle"], logs
 
     return loss_fn
 
@@ -357,7 +359,8 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="what to learn of the teacher, a channel each: std (the paper's), entropy, "
               "mutual_information, msp (default: std)")
     flag("--distill-probs", type=float, default=0.0, metavar="WEIGHT",
-         help="weight of the KL divergence from the teacher's mean probabilities (default: 0)")
+         help="weight of the KL divergence from the teacher's mean probabilities, against 1 of the "
+              "cross-entropy, in their mean (default: 0)")
     flag("--uncertainty-weight", type=float, metavar="W",
          help="weight of the RMSLE term (default: the recipe's; the paper's is 1)")
     flag("--strong-views", action="store_true",
