@@ -125,6 +125,7 @@ def print_views(found: dict[str, list[dict]]) -> None:
     """Each --views against --views 0, seed by seed."""
     columns = {
         "mIoU %": lambda r: r["segmentation"]["student"]["miou"],
+        "NLL": lambda r: r["segmentation"]["student"]["nll"],
         "Pearson": lambda r: r["fidelity"]["pearson"],
         "error AUROC %": lambda r: r["uncertainty"]["student/dudes"]["auroc"],
     }

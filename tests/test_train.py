@@ -214,7 +214,7 @@ def test_every_measure_and_the_probabilities_have_their_own_term():
     ce = F.cross_entropy(logits, batch.labels[:, 16:].long())
     for name, value in (("ce", ce), ("rmsle", sum(errors)), ("kl", kl)):
         assert logs[name].item() == pytest.approx(value.item(), rel=1e-4)
-    total = ce + 2 * sum(errors) + 0.5 * kl
+    total = (ce + 0.5 * kl) / 1.5 + 2 * sum(errors)
     assert loss.item() == pytest.approx(total.item(), rel=1e-4)
 
 
