@@ -291,6 +291,12 @@ class DecodedFiles:
         return self.__dict__ | {"bytes": None}
 
 
+def fingerprint(files: list[Path]) -> str:
+    """Sixteen digits that change with a path, a size or a time of the files."""
+    key = [[str(path), stat.st_size, stat.st_mtime_ns] for path in files for stat in (path.stat(),)]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+
+
 def keep_decoded(dataset: SegmentationDataset, folder: Path) -> None:
     """Let `dataset` read its samples from a file in `folder`, which is made where it is missing.
 
@@ -299,10 +305,7 @@ def keep_decoded(dataset: SegmentationDataset, folder: Path) -> None:
     """
     if not dataset.images:
         raise DataError(f"--cache {folder}: drawn scenes are not read from files; leave it out")
-    files = [*dataset.images, *dataset.masks]
-    key = [[str(path), stat.st_size, stat.st_mtime_ns] for path in files for stat in (path.stat(),)]
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    path = folder / f"{dataset.name}-{digest}.bin"
+    path = folder / f"{dataset.name}-{fingerprint([*dataset.images, *dataset.masks])}.bin"
     folder.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)  # a second process waits here, then finds the file
@@ -499,7 +502,7 @@ class PairedViews(TrainingViews):
         if self.strong and not (self.extra and rng.integers(2)):
             pixels, labels = ((x.flip(-1) if first.flip else x) for x in first[:2])
             rng = np.random.default_rng([*self.stream, 4, first.view, index])
-            pixels, place = strong_view(pixels, rng), len(self) + index
+            (pixels, labels), place = strong_view(pixels, labels, rng), len(self) + index
         else:
             number = int(rng.integers(len(self.extra)))
             pixels, labels = self.extra.view(first.view, number)
@@ -510,20 +513,22 @@ class PairedViews(TrainingViews):
         return first, Sample(pixels, labels, place, first.view, first.flip)
 
 
-def strong_view(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+def strong_view(pixels: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """uint8 [3, H, W] in other colours, blurred, noisy, half of them with a shape that is cut from
-    the upturned image: not one of the unknown objects that OOD detection is measured on."""
+    the upturned image: not one of the unknown objects that OOD detection is measured on. The labels
+    [H, W] of that piece come along: what is held out stays out."""
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
     if rng.integers(2):
         shape, corners = Image.new("L", image.size), rng.uniform(-0.3, 0.3, (6, 2))
         corners = (corners + rng.uniform(0.2, 0.8, 2)) * image.size
         ImageDraw.Draw(shape).polygon([tuple(corner) for corner in corners], fill=255)
         image.paste(image.transpose(Image.Transpose.FLIP_TOP_BOTTOM), mask=shape)
+        labels = torch.where(torch.from_numpy(np.array(shape)) > 0, labels.flip(0), labels)
     image = colour_jitter(image, 0.5, rng)
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.02) * image.height ** 0.75))
     noise = rng.normal(0, rng.uniform(0, 20), (*image.size[::-1], 1 + 2 * rng.integers(2)))
     noisy = (np.asarray(image) + noise).clip(0, 255).astype(np.uint8)
-    return torch.from_numpy(noisy).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(noisy).permute(2, 0, 1).contiguous(), labels
 
 
 def random_crop(image, mask, image_size, scale: float, crop_size, rng) -> tuple:

@@ -9,8 +9,8 @@ The student learns (Landgraf et al. 2024, doi 10.1007/s41064-024-00280-4)
     RMSLE = sqrt( mean( (log(1 + u_student) - log(1 + u_teacher))^2 ) )
 
 from the labels and from the teacher's standard deviation u (model.py) on the very view that it
-sees itself. --targets adds an RMSLE for each further measure; --distill-probs V puts the weighted
-mean of the cross-entropy and V times the divergence from the teacher's probabilities in its place.
+sees itself. With several --targets the RMSLE is the mean of theirs; with --distill-probs V the
+cross-entropy is (cross_entropy + V * KL(teacher's mean probabilities || student's)) / (1 + V).
 """
 
 import argparse
@@ -58,10 +58,10 @@ INHERITED = (
 
 
 def rmsle(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
-    """Root mean squared logarithmic error over the valid pixels, float32; 0 where there are none.
+    """Root mean squared logarithmic error over the valid pixels, float32.
 
     student, teacher [B, H, W] in [0, 1]; valid bool [B, H, W]. The epsilon keeps the root's
-    gradient finite at 0.
+    gradient finite at 0, and makes 1e-6 of no pixels.
     """
     difference = torch.log1p(student.float()) - torch.log1p(teacher.float())
     return (mean_of(difference.square(), valid) + 1e-12).sqrt()
@@ -100,9 +100,9 @@ def distillation_loss(target_of, targets: list[str], weight: float, probs_weight
                 uncertainty = torch.cat([uncertainty, network(others.images).uncertainty])
             target = torch.cat([target, target_of(others)])
             valid = torch.cat([valid, others.labels != IGNORED])
-        logs["rmsle"] = sum(rmsle(uncertainty[:, t], target[:, t], valid)
-                            for t in range(len(targets)))  # fmt: skip
-        # a mean, not a sum: it needs no other learning rate
+        terms = [rmsle(uncertainty[:, t], target[:, t], valid) for t in range(len(targets))]
+        # means, not sums: what is learned besides asks for no other learning rate
+        logs["rmsle"] = torch.stack(terms).mean()
         segmentation = (logs["ce"] + probs_weight * logs.get("kl", 0)) / (1 + probs_weight)
         return segmentation + weight * logs["rmsle"], logs
 
@@ -261,8 +261,10 @@ def open_targets(args: argparse.Namespace, path: Path, teacher: Ensemble, views,
     """
     identity = {"stream": views.stream, "jitter": views.jitter, "indices": views.indices()}
     for name in ("teacher_identity", "mc_samples", "dataset", "split", "image_size", "scale", "amp",
-                 "batch_size", "targets", "distill_probs", "strong_views", "extra"):  # fmt: skip
+                 "batch_size", "targets", "distill_probs", "strong_views"):  # fmt: skip
         identity[name] = training.plain(args)[name]
+    if getattr(views, "extra", None):
+        identity["extra"] = data.fingerprint(views.extra.dataset.images)
     largest = [LARGEST[name] for name in args.targets]
     scored = teacher_maps(teacher, args.targets[:1], args.amp)
     shape = (1, len(val_set), 1, *val_set.largest_mask())
@@ -362,9 +364,9 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="weight of the KL divergence from the teacher's mean probabilities, against 1 of the "
               "cross-entropy, in their mean (default: 0)")
     flag("--uncertainty-weight", type=float, metavar="W",
-         help="weight of the RMSLE term (default: the recipe's; the paper's is 1)")
+         help="weight of the RMSLE (default: the recipe's; the paper's is 1)")
     flag("--strong-views", action="store_true",
-         help="beside every view one in other colours, blurred, noisy, with unknown objects, from "
+         help="beside every view one in other colours, blurred, noisy, with misplaced pieces, from "
               "which the student learns the teacher's uncertainty alone; twice the work")
     flag("--extra", type=Path, metavar="DIR",
          help="images without labels, used as --strong-views are (with both: in turns, by lot)")

@@ -219,6 +219,7 @@ def lr_factor(step: int, steps: int, warmup: int) -> float:
 def build_optimizer(model: DeepLabV3, args: argparse.Namespace) -> torch.optim.SGD:
     """SGD with momentum; `multiple` of a group is what its learning rate is to the base."""
     weight = getattr(args, "uncertainty_weight", None) or 1.0  # a member has none
+    weight /= len(getattr(args, "targets", "1"))  # of which the loss takes the mean
     multiples = {"backbone": 1.0, "classifier": args.head_lr_mult,
                  "uncertainty": max(args.head_lr_mult, UNCERTAINTY_LR_MULT) / weight}  # fmt: skip
     groups = [{"params": list(part.parameters()), "multiple": multiples[name],

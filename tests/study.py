@@ -3,9 +3,10 @@
     python tests/study.py views --data CamVid --out study
     python tests/study.py targets --data CamVid --road-anomaly RoadAnomaly --out study
 
-One ensemble, whose networks never see bicyclists and pedestrians, and for each variant of the
-distillation one student a seed; a seed draws the same batches in every variant. The three
-commands do the work, so that a study that was stopped continues with the same command. Prints
+One ensemble that has no labels of bicyclists and pedestrians, and for each variant of the
+distillation one student a seed; a seed draws the same batches in every variant. "labels alone" is
+the control: a network that is trained as the students are, but learns nothing of the teacher. The
+three commands do the work, so that a study that was stopped continues with the same command. Prints
 Markdown tables: mean +- standard deviation over the seeds.
 """
 
@@ -18,6 +19,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
@@ -25,12 +29,12 @@ import data  # noqa: E402
 HELD_OUT = ("bicyclist", "pedestrian")
 ALL = ("--targets", "std", "entropy", "mutual_information", "msp")
 VARIANTS = {
-    "std alone": ("--views", "5"),
-    "all targets": (*ALL, "--views", "5"),
-    "+ probabilities": (*ALL, "--distill-probs", "1", "--views", "5"),
-    "+ strong views": (*ALL, "--distill-probs", "1", "--strong-views", "--views", "5"),
-    "+ extra images": (*ALL, "--distill-probs", "1", "--strong-views", "--extra", "extra",
-                       "--views", "5"),
+    "labels alone": ("--uncertainty-weight", "0"),
+    "std alone": (),
+    "all targets": ALL,
+    "+ probabilities": (*ALL, "--distill-probs", "1"),
+    "+ strong views": (*ALL, "--distill-probs", "1", "--strong-views"),
+    "+ extra images": (*ALL, "--distill-probs", "1", "--strong-views", "--extra", "extra"),
 }
 STUDIES = {"views": ("--views 0", "--views 5"), "targets": tuple(VARIANTS)}
 
@@ -46,24 +50,31 @@ def call(args: argparse.Namespace, script: str, *flags) -> None:
         sys.exit(code)
 
 
-def write_extra(folder: Path) -> None:
-    """Drawn street scenes as the images without labels."""
+def write_extra(folder: Path, count: int = 240) -> None:
+    """Drawn street scenes without the classes that are held out, as the images without labels."""
     if folder.exists():
         return
+    held_out = [*map([*data.CAMVID_CLASSES].index, HELD_OUT)]
     unfinished = folder.with_suffix(".tmp")
     unfinished.mkdir(exist_ok=True)
-    scenes = data.SyntheticScenes("train")
-    for index in range(len(scenes)):
-        scenes.read(index)[0].save(unfinished / f"{scenes.stem(index)}.png")
+    number = 0
+    while count:
+        image, labels = data.draw_scene(np.random.default_rng([3, number]), data.SYNTHETIC_SIZE)
+        if not np.isin(labels, held_out).any():
+            Image.fromarray(image).save(unfinished / f"{number:05d}.png")
+            count -= 1
+        number += 1
     unfinished.rename(folder)
 
 
-def measure(args: argparse.Namespace, name: str, *flags) -> dict:
-    """metrics.json of an evaluation, which runs only if it is not there yet."""
+def measure(args: argparse.Namespace, name: str, checkpoint: Path | None, *flags) -> dict:
+    """metrics.json of an evaluation, which runs if it is not there or older than the student."""
     road = "-road" if args.road_anomaly else ""  # a set more is another evaluation
     folder = Path("results", f"{args.study}{road}-{name}")
     file = args.out / folder / "metrics.json"
-    if not file.exists():
+    trained = (args.out / checkpoint).stat().st_mtime if checkpoint else 0
+    if not file.exists() or file.stat().st_mtime < trained:
+        flags = (*(("--student", checkpoint) if checkpoint else ()), *flags)
         call(args, "evaluate.py", *flags, "--panels", 0, "--batch-size", 8, "--out", folder)
     return json.loads(file.read_text())
 
@@ -79,27 +90,29 @@ def run(args: argparse.Namespace) -> dict[str, list[dict]]:
         write_extra(args.out / "extra")
         road = [f"roadanomaly:{args.road_anomaly}"] if args.road_anomaly else []
         ood = ("--ood", "held-out", "pasted", *road)
-        found, more = {"teacher": [measure(args, "teacher", *teacher, *ood)]}, ood
+        found, more = {"teacher": [measure(args, "teacher", None, *teacher, *ood)]}, ood
     else:
         found, more = {}, teacher
 
     def student(seed: int, variant: str) -> dict:
-        flags = variant.split() if variant.startswith("--") else VARIANTS[variant]
-        name = "".join(c for c in " ".join(map(str, flags)) if c.isalnum()) + f"-{seed}"
+        flags = VARIANTS.get(variant, variant.split())
+        name = "".join(c for c in variant if c.isalnum()) + f"-{seed}"
         path = Path("students", f"{name}.pt")
-        if not (args.out / path).exists():
-            call(args, "distill.py", *teacher, "--seed", seed, *flags, "--cache", "cache",
-                 "--out", path)  # fmt: skip
-        results = measure(args, name, "--student", path, *more)
+        call(args, "distill.py", *teacher, "--seed", seed, *flags, "--cache", "cache",
+             "--out", path)  # fmt: skip
+        results = measure(args, name, path, *more)
         log = (args.out / path).with_suffix(".jsonl").read_text().splitlines()
         return results | {"minutes": sum(json.loads(line)["seconds"] for line in log) / 60}
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        variants = STUDIES[args.study]
         waiting = [(variant, pool.submit(student, seed, variant))
-                   for seed in range(args.seeds) for variant in variants]  # fmt: skip
-        for variant, result in waiting:
-            found.setdefault(variant, []).append(result.result())
+                   for seed in range(args.seeds) for variant in STUDIES[args.study]]  # fmt: skip
+        try:
+            for variant, result in waiting:
+                found.setdefault(variant, []).append(result.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return found
 
 
@@ -162,11 +175,10 @@ def print_targets(found: dict[str, list[dict]]) -> None:
         tasks[ood] = lambda result, ood=ood: result["ood"][ood]
     scores = {name: [key for key in found[name][0]["uncertainty"] if key.startswith(kind + "/")]
               for name, kind in kinds.items()}  # fmt: skip
-    rows = [[name] for name in kinds]
-    for figures in tasks.values():
-        for row in rows:
-            row.append(gain(found[row[0]], scores[row[0]], figures))
-    table(["best AUROC %: free → distilled (paired difference)", *tasks], rows)
+    rows = [[name, *(gain(found[name], scores[name], figures) for figures in tasks.values())]
+            for name in kinds]  # fmt: skip
+    what = "AUROC %: best free → best distilled score, chosen on these figures (difference)"
+    table([what, *tasks], rows)
 
     rows = []
     for name in kinds:
@@ -206,10 +218,11 @@ def main(args: argparse.Namespace) -> None:
     (args.out / "students").mkdir(exist_ok=True)
     found = run(args)
     {"views": print_views, "targets": print_targets}[args.study](found)
-    protocol = next(iter(found.values()))[0]["protocol"]
+    protocols = [result["protocol"] for results in found.values() for result in results]
+    protocol, commits = protocols[0], sorted({p["commit"] for p in protocols})
     print(f"\nseeds 0..{args.seeds - 1}, {args.members} members, {args.epochs} epochs, "
           f"{protocol['network_input']}, {args.jobs} at a time, torch {protocol['torch']}, "
-          f"{protocol['hardware']}, commit {protocol['commit']}")  # fmt: skip
+          f"{protocol['hardware']}, commit {', '.join(commits)}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -297,8 +297,10 @@ def test_paired_views_have_no_labels_and_an_index_of_their_own(folder, tmp_path)
                        zip(first, views(dataset, repeat=2)[epoch, 3], strict=True))  # fmt: skip
             assert set(second.labels.unique().tolist()) <= {VOID, IGNORED}
             assert (second.view, second.flip) == (first.view, first.flip)
-            if second.index == 8:  # the strong view of number 3: the same pixels are padding
-                assert torch.equal(second.labels == IGNORED, first.labels == IGNORED)
+            if second.index == 8:  # the strong view of number 3
+                padding, ignored = first.labels == IGNORED, second.labels == IGNORED
+                assert ignored[padding & padding.flip(0)].all()
+                assert not ignored[~padding & ~padding.flip(0)].any()
                 assert not torch.equal(second.images, first.images)
             seen.add(second.index)
         assert all(index == 8 and strong or 5 * (1 + strong) <= index < indices for index in seen)
@@ -310,6 +312,19 @@ def test_paired_views_have_no_labels_and_an_index_of_their_own(folder, tmp_path)
     batch = next(iter(loader))
     assert batch.images.shape == (4, 3, 32, 32) and batch.labels.shape == (4, 32, 32)
     assert (batch.index[2:] == batch.index[:2] + 5).all() and batch.images.dtype == torch.uint8
+
+
+def test_what_is_held_out_stays_out_of_a_strong_view_where_it_is_pasted():
+    labels = torch.zeros(64, 64, dtype=torch.uint8)
+    labels[:24] = IGNORED
+    pixels, moved = torch.where(labels == IGNORED, 250, 5).to(torch.uint8).expand(3, -1, -1), 0
+    for seed in range(40):
+        image, ignored = data.strong_view(pixels, labels, np.random.default_rng(seed))
+        image, ignored = image.float().mean(0), ignored == IGNORED
+        middle = (image[ignored].mean() + image[~ignored].mean()) / 2
+        assert ((image > middle) == ignored).float().mean() > 0.97  # all but blurred edges
+        moved += not torch.equal(ignored, labels == IGNORED)
+    assert 10 <= moved <= 25  # half of them have a piece, not all pieces reach over the border
 
 
 def test_extra_images_keep_their_proportions(tmp_path):
