@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 from torch import distributed as dist
@@ -472,10 +473,9 @@ class TrainingViews(Dataset):
         image, mask, (h, w) = random_crop(image, mask, size, scale, self.crop_size, rng)
         if self.jitter:
             image = colour_jitter(image, self.jitter, rng)
-        pixels = torch.zeros((3, *self.crop_size), dtype=torch.uint8)
-        labels = torch.full(self.crop_size, IGNORED, dtype=torch.uint8)
-        pixels[:, :h, :w] = to_input(image, None)
-        labels[:h, :w] = torch.from_numpy(self.dataset.labels(mask, index))
+        pixels, labels = to_input(image, None), torch.from_numpy(self.dataset.labels(mask, index))
+        if (missing := (0, self.crop_size[1] - w, 0, self.crop_size[0] - h)) != (0, 0, 0, 0):
+            pixels, labels = F.pad(pixels, missing), F.pad(labels, missing, value=IGNORED)
         return pixels, labels
 
 
