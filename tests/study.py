@@ -175,6 +175,7 @@ def print_targets(found: dict[str, list[dict]]) -> None:
         tasks[ood] = lambda result, ood=ood: result["ood"][ood]
     scores = {name: [key for key in found[name][0]["uncertainty"] if key.startswith(kind + "/")]
               for name, kind in kinds.items()}  # fmt: skip
+    scores["labels alone"].remove("student/dudes")  # of a head that learned nothing
     rows = [[name, *(gain(found[name], scores[name], figures) for figures in tasks.values())]
             for name in kinds]  # fmt: skip
     what = "AUROC %: best free → best distilled score, chosen on these figures (difference)"
