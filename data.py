@@ -474,7 +474,7 @@ class TrainingViews(Dataset):
         if self.jitter:
             image = colour_jitter(image, self.jitter, rng)
         pixels, labels = to_input(image, None), torch.from_numpy(self.dataset.labels(mask, index))
-        if (missing := (0, self.crop_size[1] - w, 0, self.crop_size[0] - h)) != (0, 0, 0, 0):
+        if any(missing := (0, self.crop_size[1] - w, 0, self.crop_size[0] - h)):
             pixels, labels = F.pad(pixels, missing), F.pad(labels, missing, value=IGNORED)
         return pixels, labels
 

@@ -133,8 +133,8 @@ def teacher_maps(teacher: Ensemble, targets: list[str], amp: str, with_probs=Fal
         with dropout_of(teacher, key, images), torch.inference_mode(), autocast(images.device, amp):
             prediction = teacher(images, size, "mutual_information" in targets)
             probs, scores = prediction.probs, teacher_scores(prediction, targets)
-            channels = [u / unit(name, probs.shape[1]) for name, u in scores.items()]
-            channels = torch.stack(channels, dim=1)
+            classes = probs.shape[1]
+            channels = torch.stack([u / unit(name, classes) for name, u in scores.items()], dim=1)
             found = torch.cat([channels, probs], dim=1) if with_probs else channels
         return found.clone()  # out of inference mode: autograd may keep it
 
@@ -263,7 +263,7 @@ def open_targets(args: argparse.Namespace, path: Path, teacher: Ensemble, views,
     for name in ("teacher_identity", "mc_samples", "dataset", "split", "image_size", "scale", "amp",
                  "batch_size", "targets", "distill_probs", "strong_views"):  # fmt: skip
         identity[name] = training.plain(args)[name]
-    if getattr(views, "extra", None):
+    if args.extra:
         identity["extra"] = data.fingerprint(views.extra.dataset.images)
     largest = [LARGEST[name] for name in args.targets]
     scored = teacher_maps(teacher, args.targets[:1], args.amp)

@@ -67,14 +67,12 @@ def write_extra(folder: Path, count: int = 240) -> None:
     unfinished.rename(folder)
 
 
-def measure(args: argparse.Namespace, name: str, checkpoint: Path | None, *flags) -> dict:
-    """metrics.json of an evaluation, which runs if it is not there or older than the student."""
+def measure(args: argparse.Namespace, name: str, checkpoint: Path, *flags) -> dict:
+    """metrics.json of an evaluation, which runs if it is not there or older than `checkpoint`."""
     road = "-road" if args.road_anomaly else ""  # a set more is another evaluation
     folder = Path("results", f"{args.study}{road}-{name}")
     file = args.out / folder / "metrics.json"
-    trained = (args.out / checkpoint).stat().st_mtime if checkpoint else 0
-    if not file.exists() or file.stat().st_mtime < trained:
-        flags = (*(("--student", checkpoint) if checkpoint else ()), *flags)
+    if not file.exists() or file.stat().st_mtime < (args.out / checkpoint).stat().st_mtime:
         call(args, "evaluate.py", *flags, "--panels", 0, "--batch-size", 8, "--out", folder)
     return json.loads(file.read_text())
 
@@ -90,7 +88,8 @@ def run(args: argparse.Namespace) -> dict[str, list[dict]]:
         write_extra(args.out / "extra")
         road = [f"roadanomaly:{args.road_anomaly}"] if args.road_anomaly else []
         ood = ("--ood", "held-out", "pasted", *road)
-        found, more = {"teacher": [measure(args, "teacher", None, *teacher, *ood)]}, ood
+        more, first = ood, Path("members", "member_00.pt")
+        found = {"teacher": [measure(args, "teacher", first, *teacher, *ood)]}
     else:
         found, more = {}, teacher
 
@@ -100,7 +99,7 @@ def run(args: argparse.Namespace) -> dict[str, list[dict]]:
         path = Path("students", f"{name}.pt")
         call(args, "distill.py", *teacher, "--seed", seed, *flags, "--cache", "cache",
              "--out", path)  # fmt: skip
-        results = measure(args, name, path, *more)
+        results = measure(args, name, path, "--student", path, *more)
         log = (args.out / path).with_suffix(".jsonl").read_text().splitlines()
         return results | {"minutes": sum(json.loads(line)["seconds"] for line in log) / 60}
 
