@@ -4,9 +4,9 @@
     python tests/study.py targets --data CamVid --road-anomaly RoadAnomaly --out study
 
 One ensemble that has no labels of bicyclists and pedestrians, and for each variant of the
-distillation one student a seed; a seed draws the same batches in every variant. "labels alone" is
-the control: a network that is trained as the students are, but learns nothing of the teacher. The
-three commands do the work, so that a study that was stopped continues with the same command. Prints
+distillation one student a seed; a seed draws the same batches in every variant. As many members,
+which are trained as the students are but learn nothing of a teacher, are the control. The three
+commands do the work, so that a study that was stopped continues with the same command. Prints
 Markdown tables: mean +- standard deviation over the seeds.
 """
 
@@ -29,7 +29,6 @@ import data  # noqa: E402
 HELD_OUT = ("bicyclist", "pedestrian")
 ALL = ("--targets", "std", "entropy", "mutual_information", "msp")
 VARIANTS = {
-    "labels alone": ("--uncertainty-weight", "0"),
     "std alone": (),
     "all targets": ALL,
     "+ probabilities": (*ALL, "--distill-probs", "1"),
@@ -88,8 +87,13 @@ def run(args: argparse.Namespace) -> dict[str, list[dict]]:
         write_extra(args.out / "extra")
         road = [f"roadanomaly:{args.road_anomaly}"] if args.road_anomaly else []
         ood = ("--ood", "held-out", "pasted", *road)
-        more, first = ood, Path("members", "member_00.pt")
-        found = {"teacher": [measure(args, "teacher", first, *teacher, *ood)]}
+        more, found = ood, {"member": []}
+        for number in range(min(args.seeds, args.members)):
+            path = Path("members", f"member_{number:02d}.pt")
+            alone = measure(args, path.stem, path, "--teacher", path, *ood)
+            found["member"].append(alone)
+        first = Path("members", "member_00.pt")
+        found["teacher"] = [measure(args, "teacher", first, *teacher, *ood)]
     else:
         found, more = {}, teacher
 
@@ -159,7 +163,6 @@ def print_targets(found: dict[str, list[dict]]) -> None:
     """Segmentation, what the distilled scores add to the free ones, then every score."""
     kinds = {"member": "member", "teacher": "teacher"}
     kinds |= dict.fromkeys(STUDIES["targets"], "student")
-    found = {"member": found["teacher"], **found}
     rows = []
     for name, kind in kinds.items():
         part = [result["segmentation"][kind] for result in found[name]]
@@ -174,7 +177,6 @@ def print_targets(found: dict[str, list[dict]]) -> None:
         tasks[ood] = lambda result, ood=ood: result["ood"][ood]
     scores = {name: [key for key in found[name][0]["uncertainty"] if key.startswith(kind + "/")]
               for name, kind in kinds.items()}  # fmt: skip
-    scores["labels alone"].remove("student/dudes")  # of a head that learned nothing
     rows = [[name, *(gain(found[name], scores[name], figures) for figures in tasks.values())]
             for name in kinds]  # fmt: skip
     what = "AUROC %: best free → best distilled score, chosen on these figures (difference)"
