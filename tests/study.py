@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> dict[str, list[dict]]:
     """The results of the teacher and, by variant, of each seed's student."""
     call(args, "train_ensemble.py", "--members", args.members, "--dataset", "camvid", "--data",
          args.data, "--backbone", args.backbone, "--weights", "none", "--image-size",
-         *args.image_size, "--epochs", args.epochs, "--lr", 0.1, "--scale", 0.75, 1.25,
+         *args.image_size, "--crop-size", *(args.crop_size or args.image_size),
+         "--epochs", args.epochs, "--lr", 0.1, "--scale", 0.75, 1.25,
          "--hold-out", *HELD_OUT, "--cache", "cache", "--out", "members")  # fmt: skip
     teacher = ("--teacher", "members")
     if args.study == "targets":
@@ -239,5 +240,7 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--image-size", type=int, nargs=2, default=(120, 160), metavar=("H", "W"))
+    parser.add_argument("--crop-size", type=int, nargs=2, metavar=("H", "W"),
+                        help="(default: the image's size)")  # fmt: skip
     parser.add_argument("--device", default="auto")
     main(parser.parse_args())
