@@ -89,12 +89,11 @@ def run(args: argparse.Namespace) -> dict[str, list[dict]]:
         road = [f"roadanomaly:{args.road_anomaly}"] if args.road_anomaly else []
         ood = ("--ood", "held-out", "pasted", *road)
         more, found = ood, {"member": []}
-        for number in range(min(args.seeds, args.members)):
-            path = Path("members", f"member_{number:02d}.pt")
-            alone = measure(args, path.stem, path, "--teacher", path, *ood)
-            found["member"].append(alone)
-        first = Path("members", "member_00.pt")
-        found["teacher"] = [measure(args, "teacher", first, *teacher, *ood)]
+        files = [Path("members", f"member_{number:02d}.pt") for number in range(args.members)]
+        for file, other in zip(files[: args.seeds], files[1:] + files[:1], strict=False):
+            pair = measure(args, file.stem, file, "--teacher", file, other, *ood)  # as member 0
+            found["member"].append(pair)
+        found["teacher"] = [measure(args, "teacher", files[0], *teacher, *ood)]
     else:
         found, more = {}, teacher
 
