@@ -42,10 +42,7 @@ def call(args: argparse.Namespace, script: str, *flags) -> None:
     """One of the three commands, in the study's folder; its failure ends the study."""
     words = [sys.executable, str(ROOT / script), "--device", args.device, *map(str, flags)]
     print("$", " ".join([script, *words[2:]]), flush=True)
-    threads = os.environ
-    if args.jobs > 1 and "--members" not in flags:  # an ensemble shares the cores out by itself
-        threads = threads | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
-    if code := subprocess.run(words, cwd=args.out, env=threads).returncode:
+    if code := subprocess.run(words, cwd=args.out).returncode:
         sys.exit(code)
 
 
@@ -107,6 +104,8 @@ def run(args: argparse.Namespace) -> dict[str, list[dict]]:
         log = (args.out / path).with_suffix(".jsonl").read_text().splitlines()
         return results | {"minutes": sum(json.loads(line)["seconds"] for line in log) / 60}
 
+    if args.jobs > 1:  # students share the cores out
+        os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.jobs))
     with ThreadPoolExecutor(args.jobs) as pool:
         waiting = [(variant, pool.submit(student, seed, variant))
                    for seed in range(args.seeds) for variant in STUDIES[args.study]]  # fmt: skip
