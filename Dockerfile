@@ -7,5 +7,5 @@ WORKDIR /home/dudes/dudes
 COPY --chown=dudes requirements.txt .
 RUN python3 -m venv .venv && .venv/bin/pip install -r requirements.txt
 ENV PATH="/home/dudes/dudes/.venv/bin:$PATH"
-COPY --chown=dudes . .
+COPY --chown=dudes *.py ./
 CMD ["sh", "-c", "python train_ensemble.py --members 10 && python distill.py --teacher ckpts/ && python evaluate.py --ood"]

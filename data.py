@@ -483,9 +483,8 @@ class PairedViews(TrainingViews):
     """Training views, each with a second `Sample` whose image has no labels: `VOID` everywhere,
     `IGNORED` in the padding. What a network learns from it is its uncertainty alone.
 
-    The second is a `strong_view` of the first, or a view of one of the images `extra`; with both,
-    one or the other by lot. Its index lies behind those of the training images: of N, that of a
-    strong view is N + index, those of the extra images follow.
+    The second is a `strong_view` of the first, or a view of one of the images `extra`, drawn by
+    lot; with both, one or the other. It comes again with its view, as index + N of N images.
     """
 
     def __init__(self, *settings, strong: bool, extra: SegmentationDataset | None):
@@ -494,7 +493,7 @@ class PairedViews(TrainingViews):
         self.extra = extra and TrainingViews(extra, *settings[1:])
 
     def indices(self) -> int:
-        return len(self) * (1 + self.strong) + len(self.extra or ())
+        return 2 * len(self)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Sample, Sample]:
         first, index = super().__getitem__(key), key[1]
@@ -502,15 +501,13 @@ class PairedViews(TrainingViews):
         if self.strong and not (self.extra and rng.integers(2)):
             pixels, labels = ((x.flip(-1) if first.flip else x) for x in first[:2])
             rng = np.random.default_rng([*self.stream, 4, first.view, index])
-            (pixels, labels), place = strong_view(pixels, labels, rng), len(self) + index
+            pixels, labels = strong_view(pixels, labels, rng)
         else:
-            number = int(rng.integers(len(self.extra)))
-            pixels, labels = self.extra.view(first.view, number)
-            place = len(self) * (1 + self.strong) + number
+            pixels, labels = self.extra.view(first.view, int(rng.integers(len(self.extra))))
         labels = torch.where(labels == IGNORED, IGNORED, VOID).to(torch.uint8)
         if first.flip:
             pixels, labels = pixels.flip(-1), labels.flip(-1)
-        return first, Sample(pixels, labels, place, first.view, first.flip)
+        return first, Sample(pixels, labels, len(self) + index, first.view, first.flip)
 
 
 def strong_view(pixels: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

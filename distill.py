@@ -235,9 +235,11 @@ def inherit(args: argparse.Namespace, checkpoint: dict) -> None:
     trained = checkpoint["args"]
     if args.epochs is None:
         args.epochs = int(RECIPES[trained["dataset"]]["student"] * trained["epochs"])
-    other = args.dataset not in (None, trained["dataset"])  # whose files lie elsewhere
+    # what does not fit another data set, whose files lie elsewhere, or another size of image
+    unfit = {"data"} if args.dataset not in (None, trained["dataset"]) else set()
+    unfit |= {"crop_size"} if args.image_size else set()
     for key in INHERITED:
-        if getattr(args, key) is None and not (key == "data" and other):
+        if getattr(args, key) is None and key not in unfit:
             value = trained.get(key)
             setattr(args, key, Path(value) if key == "data" and value else value)
 
@@ -356,7 +358,8 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="N dropout samples of a single checkpoint are the teacher (default: 0, an ensemble)")
     flag("--views", type=int, metavar="K",
          help="scale and crop repeat after K epochs, whose teacher targets are kept on the disk; "
-              "the teacher's cost falls by epochs / K. 0: new views, float targets, nothing kept")
+              "the teacher's cost falls by epochs / K. 0: new views, float targets, none of them "
+              "kept (default: 5, synthetic 1)")
     flag("--targets", nargs="+", choices=LARGEST, default=["std"], metavar="MEASURE",
          help="what to learn of the teacher, a channel each: std (the paper's), entropy, "
               "mutual_information, msp (default: std)")
@@ -369,7 +372,8 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="beside every view one in other colours, blurred, noisy, with misplaced pieces, from "
               "which the student learns the teacher's uncertainty alone; twice the work")
     flag("--extra", type=Path, metavar="DIR",
-         help="images without labels, used as --strong-views are (with both: in turns, by lot)")
+         help="images without labels, used as --strong-views are: beside every view one of them, "
+              "drawn by lot (with both flags: one or the other)")
     flag("--dataset", choices=data.DATASETS, help="(default: the teacher's)")
     flag("--backbone", choices=BACKBONES, help="(default: the teacher's)")
     flag("--hold-out", nargs="+", metavar="CLASS", help="(default: the teacher's)")

@@ -69,10 +69,7 @@ def _sum_over_classes(term, probs: Tensor) -> Tensor:
 
 
 def float16_bucket(scores: Tensor) -> Tensor:
-    """Each score's place in float16's order: int32 0..65535, NaN outside LOWEST..HIGHEST. int32
-    is returned as it is: accumulators of ranks can share the buckets of a score."""
-    if scores.dtype == torch.int32:
-        return scores
+    """Each score's place in float16's order: int32 0..65535, NaN outside LOWEST..HIGHEST."""
     bits = scores.detach().to(torch.float16).view(torch.int16)
     sign = bits >> 15  # 0 or -1
     return (bits & 0x7FFF).bitwise_xor_(sign).sub_(sign).int().add_(ZERO)  # negated where sign

@@ -636,7 +636,7 @@ def main(args: argparse.Namespace) -> None:
     paths = {member: args.out / f"member_{member:02d}.pt" for member in ids[rank::world]}
     if args.overwrite:  # all of them now: what is there later on is of this run
         others = [path for path in args.out.glob("member_[0-9]*.pt")
-                  if int(path.stem.split("_")[1]) >= args.members]  # fmt: skip
+                  if rank == 0 and int(path.stem.split("_")[1]) >= args.members]  # fmt: skip
         for path in [*paths.values(), *others]:
             with locked(path):
                 remove(path, (".pt", ".jsonl", *UNFINISHED))

@@ -604,13 +604,6 @@ def test_buckets_are_in_the_order_of_all_float16_values():
     assert np.isnan(metrics.bucket_values()[nan.numpy()]).all()
 
 
-def test_buckets_in_place_of_scores():
-    batch = make_batch()
-    shared = dict(batch, uncertainty=metrics.float16_bucket(batch["uncertainty"]))
-    for name in ("detection", "selective", "rejection"):
-        assert_close(run(name, shared).compute(), run(name, batch).compute(), 0)
-
-
 @pytest.mark.parametrize("name", ["detection", "selective", "rejection", "class", "fidelity"])
 def test_nan_scores_raise_with_their_number_but_not_where_void(name):
     batch = make_batch()

@@ -402,6 +402,9 @@ def test_student_inherits_from_its_teacher(trained):
     assert student["config"]["measures"] == ["std"] and student["config"]["backbone"] == "resnet18"
     for key in ("crop_size", "epochs", "batch_size", "lr", "weights", "scale", "dataset"):
         assert student["args"][key] == member["args"][key]
+    args = distill.get_args_parser().parse_args(["--image-size", "64", "96"])
+    distill.inherit(args, member)
+    assert args.crop_size is None  # the teacher's would be a part of the larger image
     assert {"torch", "torchvision", "numpy", "commit", "hardware"} <= set(student["versions"])
 
 
