@@ -9,8 +9,9 @@ The student learns (Landgraf et al. 2024, doi 10.1007/s41064-024-00280-4)
     RMSLE = sqrt( mean( (log(1 + u_student) - log(1 + u_teacher))^2 ) )
 
 from the labels and from the teacher's standard deviation u (model.py) on the very view that it
-sees itself. With several --targets the RMSLE is the mean of theirs; with --distill-probs V the
-cross-entropy is (cross_entropy + V * KL(teacher's mean probabilities || student's)) / (1 + V).
+sees itself: --targets std. With several, which is the default, the RMSLE is the mean of theirs;
+with --distill-probs V the cross-entropy is
+(cross_entropy + V * KL(teacher's mean probabilities || student's)) / (1 + V).
 """
 
 import argparse
@@ -360,9 +361,9 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="scale and crop repeat after K epochs, whose teacher targets are kept on the disk; "
               "the teacher's cost falls by epochs / K. 0: new views, float targets, none of them "
               "kept (default: 5, synthetic 1)")
-    flag("--targets", nargs="+", choices=LARGEST, default=["std"], metavar="MEASURE",
-         help="what to learn of the teacher, a channel each: std (the paper's), entropy, "
-              "mutual_information, msp (default: std)")
+    flag("--targets", nargs="+", choices=LARGEST, default=[*LARGEST], metavar="MEASURE",
+         help="what to learn of the teacher, a channel each: std (the paper's only one), entropy, "
+              "mutual_information, msp (default: all four)")
     flag("--distill-probs", type=float, default=0.0, metavar="WEIGHT",
          help="weight of the KL divergence from the teacher's mean probabilities, against 1 of the "
               "cross-entropy, in their mean (default: 0)")

@@ -27,9 +27,9 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 
 HELD_OUT = ("bicyclist", "pedestrian")
-ALL = ("--targets", "std", "entropy", "mutual_information", "msp")
+STD, ALL = ("--targets", "std"), ("--targets", "std", "entropy", "mutual_information", "msp")
 VARIANTS = {
-    "std alone": (),
+    "std alone": STD,
     "all targets": ALL,
     "+ probabilities": (*ALL, "--distill-probs", "1"),
     "+ strong views": (*ALL, "--distill-probs", "1", "--strong-views"),
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> dict[str, list[dict]]:
         found, more = {}, teacher
 
     def student(seed: int, variant: str) -> dict:
-        flags = VARIANTS.get(variant, variant.split())
+        flags = VARIANTS.get(variant, (*STD, *variant.split()))
         name = "".join(c for c in variant if c.isalnum()) + f"-{seed}"
         path = Path("students", f"{name}.pt")
         call(args, "distill.py", *teacher, "--seed", seed, *flags, "--cache", "cache",

@@ -57,7 +57,8 @@ def test_metrics_json_equals_brute_force(trained, command, tmp_path):
     # every key of the contract
     models = {"member": {"entropy", "msp", "max_logit", "energy"},
               "teacher": {"std", "entropy", "mutual_information", "msp"},
-              "student": {"dudes", "entropy", "msp", "max_logit", "energy"}}  # fmt: skip
+              "student": {"dudes", "dudes_entropy", "dudes_mutual_information", "dudes_msp",
+                          "entropy", "msp", "max_logit", "energy"}}  # fmt: skip
     keys = {f"{model}/{score}" for model, scores in models.items() for score in scores}
     assert set(results["uncertainty"]) == keys == set(results["ood"]["pasted"])
     for value in results["uncertainty"].values():
