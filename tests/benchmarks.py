@@ -320,13 +320,14 @@ def bench_distill(args: argparse.Namespace) -> None:
 
 
 def bench_inference(args: argparse.Namespace) -> None:
-    """A member, the teacher of 10 and the student, as --benchmark measures them."""
+    """A member, the teacher of 10 and the student of four measures, as --benchmark has them."""
     device = torch.device(args.device)
     cuda = device.type == "cuda"
     size, batch, backbone = ((768, 768), 16, "resnet101") if cuda else ((256, 512), 1, "resnet18")
     torch.manual_seed(0)
     members = [DeepLabV3(backbone, 19).eval() for _ in range(10)]
-    networks = {"student": DeepLabV3(backbone, 19, ("std",)).eval(), "teacher": Ensemble(members)}
+    student = DeepLabV3(backbone, 19, evaluate.MEASURES).eval()
+    networks = {"student": student, "teacher": Ensemble(members)}
     for network in networks.values():
         network.to(device, memory_format=torch.channels_last)
     settings = argparse.Namespace(device=args.device, batch_size=batch, compile=True,
