@@ -879,7 +879,7 @@ def results_table(results: dict) -> str:
         if rows and title not in ("Classes", "Protocol"):
             for label, *cells in ([""], [title, *headings[1:]], *rows):
                 cells = [cell.translate(plain).strip() for cell in cells]
-                lines.append(f"{label:<28.28}" + "".join(f"{cell:>14}" for cell in cells))
+                lines.append(f"{label:<34.34}" + "".join(f"{cell:>13}" for cell in cells))
     return "\n".join(line.rstrip() for line in lines[1:])
 
 
