@@ -236,9 +236,9 @@ def inherit(args: argparse.Namespace, checkpoint: dict) -> None:
     trained = checkpoint["args"]
     if args.epochs is None:
         args.epochs = int(RECIPES[trained["dataset"]]["student"] * trained["epochs"])
-    # what does not fit another data set, whose files lie elsewhere, or another size of image
-    unfit = {"data"} if args.dataset not in (None, trained["dataset"]) else set()
-    unfit |= {"crop_size"} if args.image_size else set()
+    # another data set has its files elsewhere, another size of image has another crop
+    unfit = {key for key, given in (("data", "dataset"), ("crop_size", "image_size"))
+             if getattr(args, given) not in (None, trained[given])}  # fmt: skip
     for key in INHERITED:
         if getattr(args, key) is None and key not in unfit:
             value = trained.get(key)

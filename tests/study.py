@@ -85,12 +85,12 @@ def run(args: argparse.Namespace) -> dict[str, list[dict]]:
         write_extra(args.out / "extra")
         road = [f"roadanomaly:{args.road_anomaly}"] if args.road_anomaly else []
         ood = ("--ood", "held-out", "pasted", *road)
-        more, found = ood, {"member": []}
-        files = [Path("members", f"member_{number:02d}.pt") for number in range(args.members)]
-        for file, other in zip(files[: args.seeds], files[1:] + files[:1], strict=False):
-            pair = measure(args, file.stem, file, "--teacher", file, other, *ood)  # as member 0
-            found["member"].append(pair)
-        found["teacher"] = [measure(args, "teacher", files[0], *teacher, *ood)]
+        first, *others = (Path("members", f"member_{n:02d}.pt") for n in range(args.members))
+        whole = measure(args, "teacher", first, *teacher, *ood)
+        # of the teacher that is named, the first is the member which is measured
+        others = [measure(args, other.stem, other, "--teacher", other, first, *ood)
+                  for other in others[: args.seeds - 1]]  # fmt: skip
+        more, found = ood, {"member": [whole, *others], "teacher": [whole]}
     else:
         found, more = {}, teacher
 

@@ -405,6 +405,10 @@ def test_student_inherits_from_its_teacher(trained):
     args = distill.get_args_parser().parse_args(["--image-size", "64", "96"])
     distill.inherit(args, member)
     assert args.crop_size is None  # the teacher's would be a part of the larger image
+    args = distill.get_args_parser().parse_args(["--image-size", "64", "96"])
+    trained_so = member["args"] | {"image_size": [64, 96]}
+    distill.inherit(args, {"args": trained_so})
+    assert args.crop_size == trained_so["crop_size"]
     assert {"torch", "torchvision", "numpy", "commit", "hardware"} <= set(student["versions"])
 
 
