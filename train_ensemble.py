@@ -66,7 +66,7 @@ RECIPES = {
     "synthetic": dict(backbone="resnet18", weights="none", epochs=2, batch_size=4,
                       crop_size=(96, 144), lr=0.1, head_lr_mult=1.0, weight_decay=5e-4,
                       warmup=10, scale=(1.0, 1.0), jitter=0.0, views=1, student=3,
-                      uncertainty_weight=2.0),
+                      uncertainty_weight=8.0),
     "camvid": PRETRAINED | dict(epochs=100, batch_size=8, crop_size=(360, 480)),
     "cityscapes": PRETRAINED | dict(epochs=200, batch_size=16, crop_size=(768, 768)),
     "voc": PRETRAINED | dict(epochs=100, batch_size=16, crop_size=(512, 512), lr=0.001,
