@@ -1,11 +1,24 @@
-"""Data sets, augmentation, loaders and out-of-distribution sets; street scenes drawn on the spot.
+"""Data sets, training views, loaders and out-of-distribution sets; street scenes drawn on the spot.
 
-A training batch is uint8: images [B, 3, H, W] and labels [B, H, W], 0..C-1, `VOID` 255 where nobody
-labelled and `IGNORED` 254 where no class of the network applies (augmentation padding, held-out
-classes). 254 enters no loss and no metric; void pixels carry an uncertainty target, but no class.
+A training batch is uint8: images [B, 3, H, W] and labels [B, H, W]. A label is a class 0..C-1,
+`VOID` (255) where nobody labelled, or `IGNORED` (254) where no class of the network applies: in the
+padding of a view and on held-out classes. `IGNORED` pixels enter no loss and no metric; `VOID`
+pixels carry an uncertainty target, but no class.
 
-Every random choice is a function of (stream, epoch, index), so neither the number of workers nor
-a restart changes a batch.
+Every random choice is a function of (stream, epoch, index), where a stream is a list of integers
+made of the seed. So neither the number of workers nor a restart changes a batch.
+
+Outline, in this order:
+
+    image files           read images and masks, make them the network's input
+    layouts               where the files of a data set lie: add a data set here, in `LAYOUTS`
+    data sets             `open_dataset`, `SegmentationDataset`
+    decode cache          `cache_decoded`: decoded samples in a memory map
+    training views        `TrainingViews`: random scale, crop, flip and colour jitter
+    images without labels `PairedViews`, `split_pairs`: a second half of each batch
+    loaders               `training_loader`, `evaluation_loader`
+    anomalies             `open_ood`: add an out-of-distribution set here, in `OOD_LAYOUTS`
+    drawn scenes          `SyntheticScenes`, and the unknown objects that are pasted into images
 """
 
 import fcntl
@@ -17,12 +30,11 @@ import random
 import re
 import signal
 import zipfile
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby, product
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -30,30 +42,35 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
-from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
+from torchvision.datasets import Cityscapes
 
-VOID, IGNORED = 255, 254
-SYNTHETIC_SPLITS = {"train": 240, "val": 48, "ood": 48}
-SYNTHETIC_SIZE = (96, 144)  # height, width
-SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff")  # of image files
-PASTED = 3  # stream of the pasted objects
+VOID = 255
+IGNORED = 254
+
+Size = tuple[int, int]  # height, width
 
 
 class DataError(ValueError):
     """A file, folder or value that cannot be used; the message names it and says what to do."""
 
 
-# ------------------------------------------------------------ files and their layouts
+# -------------------------------------------------------------------------------------- image files
+
+SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff")
 
 
 def is_image(path: Path) -> bool:
+    """Whether `path` is a file with the suffix of an image, in any case."""
     return path.suffix.lower().removeprefix(".") in SUFFIXES and path.is_file()
 
 
 @contextmanager
-def decoded(kind: str, path: Path) -> Iterator[Image.Image]:
-    """An opened image file; what PIL answers to a bad one becomes a DataError that names it."""
+def open_with_pil(kind: str, path: Path) -> Iterator[Image.Image]:
+    """An opened image file; what PIL answers to a bad one becomes a DataError that names it.
+
+    `kind` is what the message calls the file: "image" or "mask".
+    """
     try:
         with Image.open(path) as image:
             yield image
@@ -63,250 +80,561 @@ def decoded(kind: str, path: Path) -> Iterator[Image.Image]:
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image file of any mode, upright as its EXIF tag says, as RGB."""
-    with decoded("image", path) as image:
+    """An image file of any mode as RGB, upright as its EXIF tag says."""
+    with open_with_pil("image", path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
-            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            grey = (np.asarray(image) >> 8).clip(0, 255)
+            image = Image.fromarray(grey.astype(np.uint8))
         return image.convert("RGB")
 
 
 def read_mask(path: Path) -> Image.Image:
-    """A label file as raw values, one byte a pixel; a palette image's indices, not its colours."""
-    with decoded("mask", path) as mask:
-        values, mode = np.array(mask), mask.mode
-    if values.ndim == 2 and values.dtype.kind in "bui" and 0 <= values.min() <= values.max() <= 255:
-        return Image.fromarray(values.astype(np.uint8))
-    raise DataError(f"the mask {path} has mode {mode}, not one class number a pixel; convert it")
+    """A label file as raw values, one byte per pixel; of a palette image the indices."""
+    with open_with_pil("mask", path) as mask:
+        values = np.array(mask)
+        mode = mask.mode
+    fits = values.ndim == 2 and values.dtype.kind in "bui"
+    if not fits or values.min() < 0 or values.max() > 255:
+        raise DataError(
+            f"the mask {path} has mode {mode}, not one class number a pixel; convert it"
+        )
+    return Image.fromarray(values.astype(np.uint8))
 
 
-def read_lines(path: Path, what: str) -> list[str]:
-    """The lines of a text file that are not blank."""
+def read_lines(path: Path, content: str) -> list[str]:
+    """The lines of a text file that are not blank; `content` says in the error what it holds."""
     if not path.is_file():
-        raise DataError(f"no file {path}, which holds {what}; add it or check --data and --split")
+        raise DataError(
+            f"no file {path}, which holds {content}; add it or check --data and --split"
+        )
     text = path.read_text(encoding="utf-8-sig", errors="replace")
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    stripped = [line.strip() for line in text.splitlines()]
+    return [line for line in stripped if line]
+
+
+def to_input(image: Image.Image, image_size: Size | None) -> Tensor:
+    """An RGB image as uint8 [3, h, w], resized to `image_size` (H, W) where that is given."""
+    if image_size is not None:
+        height, width = image_size
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+    channels = [np.asarray(channel) for channel in image.split()]
+    return torch.from_numpy(np.stack(channels))
+
+
+def proportional_size(image, image_size: Size | None) -> Size:
+    """(H, W) at which an image of any shape enters a network that is used to `image_size`.
+
+    It gets the height of `image_size` and keeps its proportions, but becomes no more than four
+    times as wide as `image_size`. None: the image's own size. `image` has a height and a width.
+    """
+    if image_size is None:
+        return image.height, image.width
+    factor = min(image_size[0] / image.height, 4 * image_size[1] / image.width)
+    height = max(1, round(image.height * factor))
+    width = max(1, round(image.width * factor))
+    return height, width
+
+
+# ------------------------------------------------------------------------------------------ layouts
 
 
 class Layout(NamedTuple):
-    """Where the files of a data set lie and what its masks hold. In the path of a mask, {stem} is
-    what the last * of `glob` matched, {folder} what lies between `images` and the file."""
+    """Where the files of a data set lie below --data, and what its masks hold.
 
-    images: str  # folder of the images
+    In the paths, {split} is --split, {stem} the name of an image without `image_suffix`, {folder}
+    what lies between `images` and the image, and {aug} is "Aug" for a split whose name ends with
+    "aug".
+    """
+
+    images: str  # the folder of the images
     glob: str  # the images in it
     masks: str  # the mask of an image
-    classes: dict | None = None  # name: RGB; None: named in classes.txt
-    values: dict = {}  # what a mask holds beside the labels 0..C-1 and 255: raw value, label
-    listing: str = ""  # a file that names the images <stem>.jpg of the split
-    roots: tuple = ("",)  # what all these are relative to, below --data
+    classes: dict[str, tuple] | None = None  # name: RGB; None: named in classes.txt
+    # Every raw value that a mask may hold, with its label: 0..C-1, or 255 where void. None: a mask
+    # holds the labels themselves.
+    values: dict[int, int] | None = None
+    image_suffix: str = ""  # what follows the stem in the name of an image; empty: .png, .jpg, ...
+    # A text file with the stems of the split's images, one per line; the images are then
+    # <images>/<stem>.jpg, and `glob` only describes them. Empty: all images that `glob` matches.
+    listing: str = ""
+    roots: tuple[str, ...] = ("",)  # folders below --data that all of this may lie in
 
-    def __str__(self) -> str:
+    def describe(self) -> str:
         return f"images as {self.images}/{self.glob} and masks as {self.masks}"
 
 
 def bit_palette(count: int) -> list[tuple[int, int, int]]:
     """The colours of Pascal VOC: the bits of the class number dealt out to red, green and blue."""
-    bits = [[number >> bit & 1 for bit in range(9)] for number in range(count)]
-    return [tuple(b[c] << 7 | b[c + 3] << 6 | b[c + 6] << 5 for c in range(3)) for b in bits]
+    palette = []
+    for number in range(count):
+        rgb = []
+        for channel in range(3):
+            high = number >> channel & 1
+            middle = number >> (channel + 3) & 1
+            low = number >> (channel + 6) & 1
+            rgb.append(high << 7 | middle << 6 | low << 5)
+        palette.append(tuple(rgb))
+    return palette
+
+
+def cityscapes_tables() -> tuple[dict[str, tuple], dict[int, int]]:
+    """The 19 classes that are trained with their colours, and the label of each raw value.
+
+    torchvision carries the publisher's table; there a class that is not trained is 255, `VOID`.
+    """
+    classes = {}
+    values = {}
+    for entry in Cityscapes.classes:
+        if entry.id < 0:  # the licence plate, which no mask holds
+            continue
+        values[entry.id] = entry.train_id
+        if entry.train_id != VOID:
+            classes[entry.name] = entry.color
+    values[VOID] = VOID  # the licence plate has -1, which a mask of bytes holds as 255
+    return classes, values
 
 
 CAMVID_CLASSES = {
-    "sky": (128, 128, 128), "building": (128, 0, 0), "pole": (192, 192, 128),
-    "road": (128, 64, 128), "pavement": (60, 40, 222), "tree": (128, 128, 0),
-    "sign": (192, 128, 128), "fence": (64, 64, 128), "car": (64, 0, 128),
-    "pedestrian": (64, 64, 0), "bicyclist": (0, 128, 192),
-}  # fmt: skip
-CITYSCAPES_CLASSES = {
-    "road": (128, 64, 128), "sidewalk": (244, 35, 232), "building": (70, 70, 70),
-    "wall": (102, 102, 156), "fence": (190, 153, 153), "pole": (153, 153, 153),
-    "traffic light": (250, 170, 30), "traffic sign": (220, 220, 0), "vegetation": (107, 142, 35),
-    "terrain": (152, 251, 152), "sky": (70, 130, 180), "person": (220, 20, 60),
-    "rider": (255, 0, 0), "car": (0, 0, 142), "truck": (0, 0, 70), "bus": (0, 60, 100),
-    "train": (0, 80, 100), "motorcycle": (0, 0, 230), "bicycle": (119, 11, 32),
-}  # fmt: skip
-CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-VOC_CLASSES = (
+    "sky": (128, 128, 128),
+    "building": (128, 0, 0),
+    "pole": (192, 192, 128),
+    "road": (128, 64, 128),
+    "pavement": (60, 40, 222),
+    "tree": (128, 128, 0),
+    "sign": (192, 128, 128),
+    "fence": (64, 64, 128),
+    "car": (64, 0, 128),
+    "pedestrian": (64, 64, 0),
+    "bicyclist": (0, 128, 192),
+}
+CAMVID_VALUES = {label: label for label in range(11)} | {11: VOID, VOID: VOID}
+CITYSCAPES_CLASSES, CITYSCAPES_VALUES = cityscapes_tables()
+VOC_NAMES = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
     "motorbike person pottedplant sheep sofa train tvmonitor"
 ).split()
+VOC_CLASSES = dict(zip(VOC_NAMES, bit_palette(21), strict=True))
+
 LAYOUTS = {
-    "camvid": Layout("{split}", "*", "{split}annot/{stem}.png", CAMVID_CLASSES, {11: VOID}),
+    "camvid": Layout(
+        images="{split}",
+        glob="*",
+        masks="{split}annot/{stem}.png",
+        classes=CAMVID_CLASSES,
+        values=CAMVID_VALUES,
+    ),
     "cityscapes": Layout(
-        "leftImg8bit/{split}", "*/*_leftImg8bit.png",
-        "gtFine/{split}/{folder}/{stem}_gtFine_labelIds.png", CITYSCAPES_CLASSES,
-        dict.fromkeys(range(34), VOID) | {raw: c for c, raw in enumerate(CITYSCAPES_IDS)},
+        images="leftImg8bit/{split}",
+        glob="*/*_leftImg8bit.png",
+        masks="gtFine/{split}/{folder}/{stem}_gtFine_labelIds.png",
+        classes=CITYSCAPES_CLASSES,
+        values=CITYSCAPES_VALUES,
+        image_suffix="_leftImg8bit.png",
     ),
     "voc": Layout(
-        "JPEGImages", "*", "SegmentationClass{aug}/{stem}.png",
-        dict(zip(VOC_CLASSES, bit_palette(21), strict=True)),
-        listing="ImageSets/Segmentation/{split}.txt", roots=("", "VOC2012", "VOCdevkit/VOC2012"),
+        images="JPEGImages",
+        glob="*",
+        masks="SegmentationClass{aug}/{stem}.png",
+        classes=VOC_CLASSES,
+        listing="ImageSets/Segmentation/{split}.txt",
+        roots=("", "VOC2012", "VOCdevkit/VOC2012"),
     ),
-    "folder": Layout("images/{split}", "**/*", "labels/{split}/{folder}/{stem}.png"),
-}  # fmt: skip
+    "folder": Layout(
+        images="images/{split}",
+        glob="**/*",
+        masks="labels/{split}/{folder}/{stem}.png",
+    ),
+}
 DATASETS = ("synthetic", *LAYOUTS)
 
 
-def find_files(layout: Layout, data: Path, split: str) -> tuple[Path, list[Path], list[Path]]:
-    """The images' folder, the images in order, and the mask of each (whether it exists or not)."""
-    inside = layout.images.format(split=split)
-    root = next((data / path for path in layout.roots if (data / path / inside).is_dir()), None)
-    if root is None:
-        raise DataError(f"{data} has no folder {inside}; it should have {layout}")
-    folder, tail = root / inside, layout.glob.rpartition("*")[2]
-    if layout.listing:  # SBD's holds the paths of both files of a pair; the stem is what they share
-        lines = read_lines(root / layout.listing.format(split=split), "the images of the split")
-        images = [folder / f"{Path(line.split()[0]).stem}.jpg" for line in lines]
+class SplitFiles(NamedTuple):
+    """The files of one split of a data set."""
+
+    folder: Path  # of the images
+    images: list[Path]  # in order
+    masks: list[Path]  # one for each image, whether it exists or not
+
+
+def find_files(layout: Layout, data: Path, split: str) -> SplitFiles:
+    """The images of a split below the folder `data`, and where the mask of each has to be."""
+    root = find_root(layout, data, split)
+    folder = root / layout.images.format(split=split)
+    if layout.listing:
+        images = []
+        listing = root / layout.listing.format(split=split)
+        for line in read_lines(listing, "the images of the split"):
+            # SBD's lists have the paths of both files in each line; what they share is the stem.
+            stem = Path(line.split()[0]).stem
+            images.append(folder / f"{stem}.jpg")
     else:
         images = sorted(path for path in folder.glob(layout.glob) if is_image(path))
+
+    aug = "Aug" if split.endswith("aug") else ""
     masks = []
     for path in images:
-        stem = path.name.removesuffix(tail) if tail else path.stem
-        below, aug = path.parent.relative_to(folder), "Aug" if split.endswith("aug") else ""
-        masks.append(layout.masks.format(split=split, folder=below, stem=stem, aug=aug))
-    return folder, images, [root / mask for mask in masks]
+        stem = path.name.removesuffix(layout.image_suffix or path.suffix)
+        below = path.parent.relative_to(folder)
+        mask = layout.masks.format(split=split, folder=below, stem=stem, aug=aug)
+        masks.append(root / mask)
+    return SplitFiles(folder, images, masks)
 
 
-# ------------------------------------------------------------ data sets
+def find_root(layout: Layout, data: Path, split: str) -> Path:
+    """The first of the layout's roots below `data` that holds the folder of the images."""
+    images = layout.images.format(split=split)
+    for root in layout.roots:
+        if (data / root / images).is_dir():
+            return data / root
+    raise DataError(f"{data} has no folder {images}; it should have {layout.describe()}")
+
+
+def check_pairs(files: SplitFiles) -> None:
+    """DataError where an image or a mask is missing, or where two images have the same mask."""
+    image_of_mask = {}
+    for image, mask in zip(files.images, files.masks, strict=True):
+        if not mask.is_file():
+            raise DataError(f"no mask {mask} for the image {image}; add it or remove the image")
+        if not image.is_file():
+            raise DataError(f"no image {image} for the mask {mask}; add it or shorten the list")
+        other = image_of_mask.setdefault(mask, image)
+        if other != image:
+            raise DataError(f"{other} and {image} both have the mask {mask}; remove one of them")
+
+
+def names_below(folder: Path, files: Sequence[Path]) -> list[str]:
+    """The path of each file below `folder` as a name for other files: town/x.png is town_x.
+
+    DataError where two files get the same name: the scores of one would overwrite the other's.
+    """
+    names = []
+    file_of_name = {}
+    for path in files:
+        name = "_".join(path.relative_to(folder).with_suffix("").parts)
+        other = file_of_name.setdefault(name, path)
+        if other != path:
+            raise DataError(
+                f"{other} and {path} would both be called {name} in the results; rename one of them"
+            )
+        names.append(name)
+    return names
+
+
+def short_names(files: Sequence[Path]) -> list[str]:
+    """The stems of the files where all of these differ, else their paths below the folder that they
+    share, as `names_below` makes them."""
+    stems = [path.stem for path in files]
+    if len(set(stems)) == len(set(files)):
+        return stems
+    absolute = [Path(os.path.abspath(path)) for path in files]
+    shared = os.path.commonpath([path.parent for path in absolute])
+    return names_below(Path(shared), absolute)
+
+
+# ---------------------------------------------------------------------------------------- data sets
 
 
 class EvalSample(NamedTuple):
+    """One sample for evaluation; collated, every field gets a leading dimension B."""
+
     image: Tensor  # uint8 [3, h, w], at the network's input size
     labels: Tensor  # uint8 [H, W], at native size
     index: int
 
 
+class ImageAndMask(NamedTuple):
+    """A decoded sample, of which a part can be cut out."""
+
+    image: Image.Image
+    mask: Image.Image
+
+    @property
+    def height(self) -> int:
+        return self.image.height
+
+    @property
+    def width(self) -> int:
+        return self.image.width
+
+    def crop(self, box: tuple[int, int, int, int]) -> tuple[Image.Image, Image.Image]:
+        """The image and the mask inside (left, top, right, bottom)."""
+        return self.image.crop(box), self.mask.crop(box)
+
+
 class SegmentationDataset(Dataset):
     """Images and masks of one split, and what their values mean. Indexing gives an `EvalSample`.
 
-    Attributes: `classes` names of the C classes of the network; `palette` their RGB; `table` uint8
-    [256] from a mask's value to 0..C-1, 255 or 254, with `valid` bool [256] the values that may
-    occur; `images`, `masks` files; `names` of the samples, for files made from them; `image_size`
-    (H, W) of the network's input, None for native size.
+    Attributes:
+        name: of the data set, for messages.
+        classes, palette: names of the C classes of the network, and their RGB.
+        images, masks: the files, in order; both empty for drawn scenes.
+        names: a unique name for each sample, for the files that are made from it.
+        hold_out: names of the classes that were taken out, see `remove_classes`.
+        image_size: (H, W) of the network's input; None for each image's own size.
+        allowed_values: bool [256], which raw values may occur in a mask.
+        label_of_value: uint8 [256], from the raw value in a mask to 0..C-1, `VOID` or `IGNORED`.
+        decoded: the samples of `cache_decoded`, None without a cache.
+
+    The argument `classes` has the RGB of each class, and `values` the label of each raw value that
+    a mask may hold; None where a mask holds the labels themselves: 0..C-1 and `VOID`.
     """
 
-    def __init__(self, name: str, classes: dict, values: dict[int, int], image_size=None):
-        self.name, self.image_size = name, image_size
-        self.classes, self.palette = list(classes), [tuple(rgb) for rgb in classes.values()]
-        self.images, self.masks, self.names, self.hold_out = [], [], [], []
-        self.decoded: DecodedFiles | None = None  # see `keep_decoded`
-        self.table, self.valid = np.full(256, VOID, np.uint8), np.zeros(256, bool)
-        for raw, label in ({c: c for c in (*range(len(classes)), VOID)} | values).items():
-            self.table[raw], self.valid[raw] = label, True
+    def __init__(
+        self,
+        name: str,
+        classes: dict[str, tuple],
+        values: dict[int, int] | None,
+        images: Sequence[Path],
+        masks: Sequence[Path],
+        names: list[str],
+        image_size: Size | None = None,
+    ):
+        self.name = name
+        self.classes = list(classes)
+        self.palette = [tuple(rgb) for rgb in classes.values()]
+        self.images = images
+        self.masks = masks
+        self.names = names
+        self.hold_out: list[str] = []
+        self.image_size = image_size
+        self.decoded: DecodedFiles | None = None
+
+        if values is None:
+            values = {label: label for label in range(len(classes))}
+            values[VOID] = VOID
+        self.allowed_values = np.zeros(256, bool)
+        self.label_of_value = np.full(256, VOID, np.uint8)
+        for value, label in values.items():
+            self.allowed_values[value] = True
+            self.label_of_value[value] = label
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> EvalSample:
         image, mask = self.read(index)
-        labels = torch.from_numpy(self.labels(mask, index))
+        labels = torch.from_numpy(self.to_labels(mask, index))
         return EvalSample(to_input(image, self.input_size(image)), labels, index)
 
-    def input_size(self, image) -> tuple[int, int]:
-        """(H, W) of the network's input for an image."""
-        return self.image_size or (image.height, image.width)
+    def input_size(self, image) -> Size:
+        """(H, W) of the network's input for an image, which has a height and a width."""
+        if self.image_size is None:
+            return image.height, image.width
+        return self.image_size
 
-    def stem(self, index: int) -> str:
-        return self.names[index]
-
-    def largest_mask(self) -> tuple[int, int]:
+    def largest_mask(self) -> Size:
         """(H, W) that holds every mask of the split."""
-        sizes = []
+        heights = []
+        widths = []
         for path in self.masks:
-            with decoded("mask", path) as mask:
-                sizes.append(mask.size)
-        return max(height for _, height in sizes), max(width for width, _ in sizes)
-
-    def crops(self, index: int) -> tuple:
-        """Sample `index` as `read` has it, as two objects with width, height and crop(box)."""
-        return self.decoded[index] if self.decoded else self.read(index)
+            with open_with_pil("mask", path) as mask:
+                heights.append(mask.height)
+                widths.append(mask.width)
+        return max(heights), max(widths)
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
         """Sample `index` at native size: the RGB image and the mask's raw values."""
-        if self.decoded:
-            return tuple(kept.crop((0, 0, kept.width, kept.height)) for kept in self.crops(index))
-        image, mask = read_image(self.images[index]), read_mask(self.masks[index])
+        if self.decoded is not None:
+            sample = self.decoded[index]
+            return sample.crop((0, 0, sample.width, sample.height))
+        image = read_image(self.images[index])
+        mask = read_mask(self.masks[index])
         if image.size != mask.size:
-            sizes = [f"{one.width}x{one.height}" for one in (mask, image)]
-            raise DataError(f"the mask {self.masks[index]} is {sizes[0]}, but {self.images[index]} "
-                            f"is {sizes[1]}; a mask has the size of its image")  # fmt: skip
+            raise DataError(
+                f"the mask {self.masks[index]} is {mask.width}x{mask.height}, but "
+                f"{self.images[index]} is {image.width}x{image.height}; a mask has the size of its "
+                "image"
+            )
         return image, mask
 
-    def labels(self, mask: Image.Image, index: int) -> np.ndarray:
-        """Raw values of (a part of) the mask `index` to uint8 labels; DataError at unknown ones."""
-        wrong = np.flatnonzero(np.array(mask.histogram()) * ~self.valid)
-        if len(wrong):
-            wrong = ", ".join(map(str, wrong[:8]))
-            raise DataError(f"the mask {self.masks[index]} holds {wrong}, no label of {self.name}; "
-                            "is it the right kind of file?")  # fmt: skip
-        return np.array(mask.point(self.table.tolist()))  # in C: a third of an indexed table's time
+    def open_for_cropping(self, index: int) -> "ImageAndMask | CachedSample":
+        """Sample `index` as something with `height`, `width` and `crop(box)`. With a cache, only
+        the part that is cropped is read."""
+        if self.decoded is not None:
+            return self.decoded[index]
+        image, mask = self.read(index)
+        return ImageAndMask(image, mask)
+
+    def to_labels(self, mask: Image.Image, index: int) -> np.ndarray:
+        """uint8 labels [H, W] of (a part of) the mask `index`; DataError at unknown raw values."""
+        counts = np.array(mask.histogram())
+        unknown = np.flatnonzero((counts > 0) & ~self.allowed_values)
+        if len(unknown):
+            values = ", ".join(str(value) for value in unknown[:8])
+            raise DataError(
+                f"the mask {self.masks[index]} holds {values}, no label of {self.name}; is it the "
+                "right kind of file?"
+            )
+        # `point` looks up in C, in a third of the time of indexing `label_of_value` with the mask.
+        return np.array(mask.point(self.label_of_value.tolist()))
 
     def remove_classes(self, hold_out: list[str]) -> None:
-        """Take classes out of the network: their pixels become 254, the rest is numbered anew."""
-        if unknown := " ".join(name for name in hold_out if name not in self.classes):
-            known = ", ".join(self.classes)
-            raise DataError(f"--hold-out {unknown}: no such class; choose from {known}")
-        kept = {n: c for n, c in zip(self.classes, self.palette, strict=True) if n not in hold_out}
-        if len(kept) < 2:
-            raise DataError(f"--hold-out leaves {len(kept)} classes; a network needs at least 2")
-        number = {name: label for label, name in enumerate(kept)}
-        renumber = np.arange(256, dtype=np.uint8)
-        renumber[: len(self.classes)] = [number.get(name, IGNORED) for name in self.classes]
-        self.table = renumber[self.table]
-        self.classes, self.palette, self.hold_out = [*kept], [*kept.values()], list(hold_out)
+        """Take classes out of the network: their pixels become 254, the others are renumbered.
+
+        DataError at a class that is not there, or where less than two are left.
+        """
+        unknown = [name for name in hold_out if name not in self.classes]
+        if unknown:
+            raise DataError(
+                f"--hold-out {' '.join(unknown)}: no such class; choose from "
+                f"{', '.join(self.classes)}"
+            )
+        classes = []
+        palette = []
+        new_labels = np.arange(256, dtype=np.uint8)
+        for label, name in enumerate(self.classes):
+            if name in hold_out:
+                new_labels[label] = IGNORED
+            else:
+                new_labels[label] = len(classes)
+                classes.append(name)
+                palette.append(self.palette[label])
+        if len(classes) < 2:
+            raise DataError(f"--hold-out leaves {len(classes)} classes; a network needs at least 2")
+        self.label_of_value = new_labels[self.label_of_value]
+        self.classes = classes
+        self.palette = palette
+        self.hold_out = list(hold_out)
 
 
-class Decoded(NamedTuple):
-    """An image in a memory map, of which only what is cropped is read."""
+def open_dataset(
+    name: str,
+    data: str | Path | None,
+    split: str,
+    image_size: Size | None = None,
+    hold_out: Sequence[str] = (),
+) -> SegmentationDataset:
+    """One split of the data set `name` in the folder `data`, without the classes in `hold_out`.
 
-    pixels: np.ndarray  # uint8 [H, W] or [H, W, 3]
+    `name` is one of `DATASETS`; "synthetic" has no folder. `image_size` (H, W) is that of the
+    network's input. DataError where the files do not fit.
+    """
+    if data is not None and not Path(data).is_dir():
+        raise DataError(f"no such folder: {data}; --data names the folder of the data set")
+    if name == "synthetic":
+        if data is not None:
+            raise DataError(
+                f"--data {data}: the synthetic scenes are drawn; leave it out, or name the "
+                "--dataset that the folder holds"
+            )
+        if split == "ood":
+            raise DataError("the split 'ood' has masks, no labels; score it with --ood synthetic")
+        dataset = SyntheticScenes(split, image_size)
+    elif data is None:
+        layout = LAYOUTS[name].describe()
+        raise DataError(f"--dataset {name} needs --data DIR, a folder with {layout}")
+    else:
+        dataset = open_files(name, Path(data), split, image_size)
+    if len(dataset) == 0:
+        raise DataError(f"no images in the split {split!r} of {data}; check the layout")
+    if hold_out:
+        dataset.remove_classes(list(hold_out))
+    return dataset
 
-    @property
-    def width(self) -> int:
-        return self.pixels.shape[1]
+
+def open_files(name: str, data: Path, split: str, image_size: Size | None) -> SegmentationDataset:
+    """One split of a data set of `LAYOUTS`; each image has to have its mask."""
+    layout = LAYOUTS[name]
+    files = find_files(layout, data, split)
+    check_pairs(files)
+    classes = layout.classes
+    if classes is None:
+        classes = read_classes(data / "classes.txt")
+    if "**" in layout.glob:  # folders as the user likes them: each may have an image 1.png
+        names = names_below(files.folder, files.images)
+    else:
+        names = short_names(files.images)
+    return SegmentationDataset(
+        name, classes, layout.values, files.images, files.masks, names, image_size
+    )
+
+
+def read_classes(path: Path) -> dict[str, tuple]:
+    """The classes that classes.txt names, one per line, with the colours of Pascal VOC."""
+    names = read_lines(path, "the names of the classes, a name a line")
+    if not 2 <= len(names) <= 254 or len(set(names)) < len(names):
+        raise DataError(f"{path} names {len(names)} classes; it needs 2 to 254 different ones")
+    palette = bit_palette(len(names) + 1)[1:]  # the first one is black
+    return dict(zip(names, palette, strict=True))
+
+
+# ------------------------------------------------------------------------------------- decode cache
+#
+# All samples of a data set lie in one file, one after the other, so that one memory map serves them
+# all. Measured: a file for each sample, mapped anew at each use, loads 5 to 15 % slower.
+
+
+class CachedSample(NamedTuple):
+    """A decoded sample in a memory map, of which only what is cropped is read."""
+
+    image: np.ndarray  # uint8 [H, W, 3]
+    mask: np.ndarray  # uint8 [H, W], raw values
 
     @property
     def height(self) -> int:
-        return self.pixels.shape[0]
+        return self.mask.shape[0]
 
-    def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
+    @property
+    def width(self) -> int:
+        return self.mask.shape[1]
+
+    def crop(self, box: tuple[int, int, int, int]) -> tuple[Image.Image, Image.Image]:
+        """The image and the mask inside (left, top, right, bottom)."""
         left, top, right, bottom = box
-        return Image.fromarray(np.ascontiguousarray(self.pixels[top:bottom, left:right]))
+        image = np.ascontiguousarray(self.image[top:bottom, left:right])
+        mask = np.ascontiguousarray(self.mask[top:bottom, left:right])
+        return Image.fromarray(image), Image.fromarray(mask)
 
 
 class DecodedFiles:
-    """The images and masks of a data set as raw bytes in one file, memory-mapped when used."""
+    """The samples of a data set in one file of raw bytes, which is mapped when it is first used.
+
+    `path` is that file. Beside it lies the index, int [N, 3]: height, width and first byte of each
+    sample. A sample is its image, uint8 [H, W, 3], and then its mask, uint8 [H, W].
+    """
 
     def __init__(self, path: Path):
-        self.path, self.index, self.bytes = path, np.load(path.with_suffix(".npy")), None
+        self.path = path
+        self.index = np.load(path.with_suffix(".npy"))
+        self.bytes: np.memmap | None = None
 
-    def __getitem__(self, number: int) -> tuple[Decoded, Decoded]:
+    def __getitem__(self, number: int) -> CachedSample:
         if self.bytes is None:
             self.bytes = np.memmap(self.path, np.uint8, "r")
         height, width, start = self.index[number].tolist()
-        size = height * width
-        pixels = self.bytes[start : start + 4 * size]
-        return (Decoded(pixels[: 3 * size].reshape(height, width, 3)),
-                Decoded(pixels[3 * size :].reshape(height, width)))  # fmt: skip
+        mask_start = start + 3 * height * width
+        end = start + 4 * height * width
+        image = self.bytes[start:mask_start].reshape(height, width, 3)
+        mask = self.bytes[mask_start:end].reshape(height, width)
+        return CachedSample(image, mask)
 
-    def __getstate__(self) -> dict:  # a worker maps the file anew
+    def __getstate__(self) -> dict:
+        """What a worker gets: it maps the file anew, for a map would be sent as a copy."""
         return self.__dict__ | {"bytes": None}
 
 
-def fingerprint(files: list[Path]) -> str:
+def fingerprint(files: Sequence[Path]) -> str:
     """Sixteen digits that change with a path, a size or a time of the files."""
-    key = [[str(path), stat.st_size, stat.st_mtime_ns] for path in files for stat in (path.stat(),)]
+    key = []
+    for path in files:
+        status = path.stat()
+        key.append([str(path), status.st_size, status.st_mtime_ns])
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 
-def keep_decoded(dataset: SegmentationDataset, folder: Path) -> None:
+def cache_decoded(dataset: SegmentationDataset, folder: Path) -> None:
     """Let `dataset` read its samples from a file in `folder`, which is made where it is missing.
 
-    Its name tells path, size and time of all source files: after a change it is made anew. It is
-    there as a whole or not at all, also if several processes make it at once.
+    The file's name depends on path, size and time of all source files: after a change a new one is
+    made. It is complete or not there, also if several processes make it at once. DataError for
+    drawn scenes, which have no files.
     """
     if not dataset.images:
         raise DataError(f"--cache {folder}: drawn scenes are not read from files; leave it out")
-    path = folder / f"{dataset.name}-{fingerprint([*dataset.images, *dataset.masks])}.bin"
+    sources = [*dataset.images, *dataset.masks]
+    path = folder / f"{dataset.name}-{fingerprint(sources)}.bin"
     folder.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)  # a second process waits here, then finds the file
@@ -318,7 +646,8 @@ def keep_decoded(dataset: SegmentationDataset, folder: Path) -> None:
 
 def decode_files(dataset: SegmentationDataset, path: Path) -> None:
     """Write what `DecodedFiles` reads: the bytes, and last the index that makes them valid."""
-    index, partial = [], path.with_suffix(".tmp.npy")
+    index = []
+    partial_index = path.with_suffix(".tmp.npy")
     try:
         with open(path, "wb") as file:
             for number in range(len(dataset)):
@@ -328,105 +657,27 @@ def decode_files(dataset: SegmentationDataset, path: Path) -> None:
                 file.write(mask.tobytes())
             file.flush()
             os.fsync(file.fileno())
-        np.save(partial, np.array(index))
-        os.replace(partial, path.with_suffix(".npy"))
+        np.save(partial_index, np.array(index))
+        os.replace(partial_index, path.with_suffix(".npy"))
     except BaseException:
         path.unlink(missing_ok=True)
         raise
 
 
-def in_proportion(image, image_size: tuple[int, int] | None) -> tuple[int, int]:
-    """(H, W) of an image of any shape as input of a network that is used to `image_size`: of its
-    height, but no more than four times as wide."""
-    if image_size is None:
-        return image.height, image.width
-    factor = min(image_size[0] / image.height, 4 * image_size[1] / image.width)
-    return max(1, round(image.height * factor)), max(1, round(image.width * factor))
+# ----------------------------------------------------------------------------------- training views
 
-
-def to_input(image: Image.Image, image_size: tuple[int, int] | None) -> Tensor:
-    """An RGB image as uint8 [3, h, w], resized to `image_size` (H, W) where that is given."""
-    if image_size is not None and image.size != (image_size[1], image_size[0]):
-        image = image.resize((image_size[1], image_size[0]), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.stack([np.asarray(channel) for channel in image.split()]))
-
-
-class SyntheticScenes(SegmentationDataset):
-    """Drawn street scenes, the same for the same split and index; `ood` has masks of objects."""
-
-    def __init__(self, split: str, image_size=None):
-        if split not in SYNTHETIC_SPLITS:
-            raise DataError(f"the synthetic data set has no split {split!r}; choose train or val")
-        super().__init__("synthetic", CAMVID_CLASSES, {}, image_size)
-        self.split, self.drawn = split, {}
-        self.names = [f"{split}_{index:04d}" for index in range(SYNTHETIC_SPLITS[split])]
-
-    def largest_mask(self) -> tuple[int, int]:
-        return SYNTHETIC_SIZE
-
-    def read(self, index: int) -> tuple[Image.Image, Image.Image]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)  # what ends a loop over the data set
-        if index not in self.drawn:
-            rng = np.random.default_rng([list(SYNTHETIC_SPLITS).index(self.split), index])
-            draw = draw_ood_scene if self.split == "ood" else draw_scene
-            image, labels = draw(rng, SYNTHETIC_SIZE)
-            self.drawn[index] = (Image.fromarray(image), Image.fromarray(labels))
-        return self.drawn[index]
-
-
-def open_files(name: str, data: Path, split: str, image_size) -> SegmentationDataset:
-    """One split of a data set of `LAYOUTS`; each image has to have its mask."""
-    layout, classes = LAYOUTS[name], LAYOUTS[name].classes
-    folder, images, masks = find_files(layout, data, split)
-    for image, mask in zip(images, masks, strict=True):
-        if not mask.is_file():
-            raise DataError(f"no mask {mask} for the image {image}; add it or remove the image")
-        if not image.is_file():
-            raise DataError(f"no image {image} for the mask {mask}; add it or shorten the list")
-    if classes is None:
-        names = read_lines(path := data / "classes.txt", "the names of the classes, a name a line")
-        if not 2 <= len(names) <= 254 or len(set(names)) < len(names):
-            raise DataError(f"{path} names {len(names)} classes; it needs 2 to 254 different ones")
-        classes = dict(zip(names, bit_palette(len(names) + 1)[1:], strict=True))
-    dataset = SegmentationDataset(name, classes, layout.values, image_size)
-    dataset.images, dataset.masks = images, masks
-    # <folders>_<stem> where folders may repeat a name
-    paths = [path.relative_to(folder if "**" in layout.glob else path.parent) for path in images]
-    dataset.names = ["_".join(path.with_suffix("").parts) for path in paths]
-    return dataset
-
-
-def open_dataset(name: str, data, split: str, image_size=None, hold_out=()) -> SegmentationDataset:
-    """One split of the data set `name` in the folder `data`, without the classes in `hold_out`.
-
-    `image_size` (H, W) is that of the network's input. DataError where the files do not fit.
-    """
-    if data is not None and not Path(data).is_dir():
-        raise DataError(f"no such folder: {data}; --data names the folder of the data set")
-    if name == "synthetic":
-        if data is not None:
-            raise DataError(f"--data {data}: the synthetic scenes are drawn; leave it out, or name "
-                            "the --dataset that the folder holds")  # fmt: skip
-        if split == "ood":
-            raise DataError("the split 'ood' has masks, no labels; score it with --ood synthetic")
-        dataset = SyntheticScenes(split, image_size)
-    elif data is None:
-        raise DataError(f"--dataset {name} needs --data DIR, a folder with {LAYOUTS[name]}")
-    else:
-        dataset = open_files(name, Path(data), split, image_size)
-    if len(dataset) == 0:
-        raise DataError(f"no images in the split {split!r} of {data}; check the layout")
-    if hold_out:
-        dataset.remove_classes(list(hold_out))
-    return dataset
-
-
-# ------------------------------------------------------------ views and loaders
+# What a random draw of a stream is for. The numbers keep the draws apart; another number gives
+# other batches, and so other weights.
+CROP_DRAWS = 0
+FLIP_DRAWS = 1
+ORDER_DRAWS = 2
 
 
 class Sample(NamedTuple):
-    """One training sample; collated, a batch with a leading dimension B on every field."""
+    """One training sample; collated, every field gets a leading dimension B.
+
+    Other modules see only batches: hence the name `images`.
+    """
 
     images: Tensor  # uint8 [3, H, W]
     labels: Tensor  # uint8 [H, W]: class, VOID or IGNORED
@@ -435,190 +686,331 @@ class Sample(NamedTuple):
     flip: bool  # mirrored left to right
 
 
-class TrainingViews(Dataset):
-    """Random scale, crop, flip (and colour jitter) of a data set, keyed by (stream, epoch, index).
+def flipped(sample: Sample) -> Sample:
+    """The mirror image of a sample that is not flipped."""
+    return sample._replace(images=sample.images.flip(-1), labels=sample.labels.flip(-1), flip=True)
 
-    A view is `crop_size` (H, W). Of the scales in (lo, hi) half are below 1, half above, uniform.
-    The integers of `stream` key all draws. `views` = K repeats the scale and crop of epoch e in
-    epoch e + K, but not the flip (0: no repeats). `jitter` is the strength of `colour_jitter`.
+
+class TrainingViews(Dataset):
+    """Random scale, crop, flip (and colour jitter) of a data set. Indexing by (epoch, index) gives
+    a `Sample`.
+
+    Args:
+        dataset: the images and masks.
+        crop_size: (H, W) of a view.
+        scale: (lowest, highest), around 1; half of the scales are below 1, half above, uniform.
+        stream: integers that key all draws, together with epoch and index.
+        num_views: K repeats the scale and crop of epoch e in epoch e + K, but not the flip; 0 draws
+            a new view every epoch.
+        jitter: strength of `colour_jitter`, 0 for none.
     """
 
-    def __init__(self, dataset, crop_size, scale, stream: list[int], views=0, jitter=0.0):
-        self.dataset, self.crop_size, self.scale = dataset, crop_size, scale
-        self.stream, self.views, self.jitter = stream, views, jitter
+    collate = staticmethod(default_collate)  # how a loader makes a batch of samples
+
+    def __init__(
+        self,
+        dataset: SegmentationDataset,
+        crop_size: Size,
+        scale: tuple[float, float],
+        stream: Sequence[int],
+        num_views: int = 0,
+        jitter: float = 0.0,
+    ):
+        self.dataset = dataset
+        self.crop_size = crop_size
+        self.scale = scale
+        self.stream = stream
+        self.num_views = num_views
+        self.jitter = jitter
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def indices(self) -> int:
-        """How many a sample's `index` can have."""
+    def num_target_rows(self) -> int:
+        """The rows that a cache of targets needs for one view: one per image."""
         return len(self)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        view = epoch % self.views if self.views else epoch
-        flip = bool(np.random.default_rng([*self.stream, 1, epoch, index]).integers(2))
-        pixels, labels = self.view(view, index)
-        if flip:
-            pixels, labels = pixels.flip(-1), labels.flip(-1)
-        return Sample(pixels, labels, index, view, flip)
+        sample = self.unflipped(epoch, index)
+        if self.draw_flip(epoch, index):
+            return flipped(sample)
+        return sample
 
-    def view(self, view: int, index: int) -> tuple[Tensor, Tensor]:
+    def draw_flip(self, epoch: int, index: int) -> bool:
+        """Whether the image is mirrored in this epoch."""
+        rng = np.random.default_rng([*self.stream, FLIP_DRAWS, epoch, index])
+        return bool(rng.integers(2))
+
+    def unflipped(self, epoch: int, index: int) -> Sample:
+        """The sample of (epoch, index) before its flip: the same whenever the view is."""
+        view = epoch % self.num_views if self.num_views else epoch
+        pixels, labels = self.read_view(view, index)
+        return Sample(pixels, labels, index, view, flip=False)
+
+    def read_view(self, view: int, index: int) -> tuple[Tensor, Tensor]:
         """The images and labels of a `Sample`, not flipped."""
-        rng = np.random.default_rng([*self.stream, 0, view, index])
-        lo, hi = self.scale
-        scale = rng.uniform(lo, 1) if rng.random() < 0.5 else rng.uniform(1, hi)
-        image, mask = self.dataset.crops(index)
-        size = self.dataset.input_size(image)
-        image, mask, (h, w) = random_crop(image, mask, size, scale, self.crop_size, rng)
+        rng = np.random.default_rng([*self.stream, CROP_DRAWS, view, index])
+        lowest, highest = self.scale
+        if rng.random() < 0.5:
+            scale = rng.uniform(lowest, 1)
+        else:
+            scale = rng.uniform(1, highest)
+        source = self.dataset.open_for_cropping(index)
+        image, mask = random_crop(
+            source, self.dataset.input_size(source), scale, self.crop_size, rng
+        )
         if self.jitter:
             image = colour_jitter(image, self.jitter, rng)
-        pixels, labels = to_input(image, None), torch.from_numpy(self.dataset.labels(mask, index))
-        if any(missing := (0, self.crop_size[1] - w, 0, self.crop_size[0] - h)):
-            pixels, labels = F.pad(pixels, missing), F.pad(labels, missing, value=IGNORED)
+        pixels = to_input(image, None)
+        labels = torch.from_numpy(self.dataset.to_labels(mask, index))
+
+        # Where the scaled image is smaller than the crop, it is padded to the right and below.
+        rows = self.crop_size[0] - image.height
+        columns = self.crop_size[1] - image.width
+        if rows or columns:
+            pixels = F.pad(pixels, (0, columns, 0, rows))
+            labels = F.pad(labels, (0, columns, 0, rows), value=IGNORED)
         return pixels, labels
 
 
-class PairedViews(TrainingViews):
-    """Training views, each with a second `Sample` whose image has no labels: `VOID` everywhere,
-    `IGNORED` in the padding. What a network learns from it is its uncertainty alone.
+def random_crop(
+    source: ImageAndMask | CachedSample,
+    image_size: Size,
+    scale: float,
+    crop_size: Size,
+    rng: np.random.Generator,
+) -> tuple[Image.Image, Image.Image]:
+    """Image and mask, resized to `image_size` times `scale` and cropped to `crop_size`.
 
-    The second is a `strong_view` of the first, or a view of one of the images `extra`, drawn by
-    lot; with both, one or the other. It comes again with its view, as index + N of N images.
+    Where the resized image is smaller than `crop_size`, so is the result. Only what survives the
+    crop is read and resized.
     """
+    scaled_height = max(1, round(image_size[0] * scale))
+    scaled_width = max(1, round(image_size[1] * scale))
+    height = min(scaled_height, crop_size[0])
+    width = min(scaled_width, crop_size[1])
+    top = int(rng.integers(scaled_height - height + 1))
+    left = int(rng.integers(scaled_width - width + 1))
 
-    def __init__(self, *settings, strong: bool, extra: SegmentationDataset | None):
-        super().__init__(*settings)
-        self.strong = strong
-        self.extra = extra and TrainingViews(extra, *settings[1:])
+    # The crop in pixels of the source, with fractions.
+    rows = source.height / scaled_height  # of the source in one row of the result
+    columns = source.width / scaled_width
+    box_left = left * columns
+    box_top = top * rows
+    box_right = min((left + width) * columns, source.width)
+    box_bottom = min((top + height) * rows, source.height)
 
-    def indices(self) -> int:
-        return 2 * len(self)
+    # The whole pixels that the filter of the resizing sees around it.
+    margin = math.ceil(max(1, columns, rows)) + 1
+    region_left = max(0, math.floor(box_left) - margin)
+    region_top = max(0, math.floor(box_top) - margin)
+    region_right = min(source.width, math.ceil(box_right) + margin)
+    region_bottom = min(source.height, math.ceil(box_bottom) + margin)
+    image, mask = source.crop((region_left, region_top, region_right, region_bottom))
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Sample, Sample]:
-        first, index = super().__getitem__(key), key[1]
-        rng = np.random.default_rng([*self.stream, 3, first.view, index])
-        if self.strong and not (self.extra and rng.integers(2)):
-            pixels, labels = ((x.flip(-1) if first.flip else x) for x in first[:2])
-            rng = np.random.default_rng([*self.stream, 4, first.view, index])
-            pixels, labels = strong_view(pixels, labels, rng)
-        else:
-            pixels, labels = self.extra.view(first.view, int(rng.integers(len(self.extra))))
-        labels = torch.where(labels == IGNORED, IGNORED, VOID).to(torch.uint8)
-        if first.flip:
-            pixels, labels = pixels.flip(-1), labels.flip(-1)
-        return first, Sample(pixels, labels, len(self) + index, first.view, first.flip)
-
-
-def strong_view(pixels: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """uint8 [3, H, W] in other colours, blurred, noisy, half of them with a shape that is cut from
-    the upturned image: not one of the unknown objects that OOD detection is measured on. The labels
-    [H, W] of that piece come along: what is held out stays out."""
-    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    if rng.integers(2):
-        shape, corners = Image.new("L", image.size), rng.uniform(-0.3, 0.3, (6, 2))
-        corners = (corners + rng.uniform(0.2, 0.8, 2)) * image.size
-        ImageDraw.Draw(shape).polygon([tuple(corner) for corner in corners], fill=255)
-        image.paste(image.transpose(Image.Transpose.FLIP_TOP_BOTTOM), mask=shape)
-        labels = torch.where(torch.from_numpy(np.array(shape)) > 0, labels.flip(0), labels)
-    image = colour_jitter(image, 0.5, rng)
-    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.02) * image.height ** 0.75))
-    noise = rng.normal(0, rng.uniform(0, 20), (*image.size[::-1], 1 + 2 * rng.integers(2)))
-    noisy = (np.asarray(image) + noise).clip(0, 255).astype(np.uint8)
-    return torch.from_numpy(noisy).permute(2, 0, 1).contiguous(), labels
-
-
-def random_crop(image, mask, image_size, scale: float, crop_size, rng) -> tuple:
-    """Resize to `image_size` x `scale` and crop, resizing only what survives the crop.
-
-    Returns the image, the mask and their size (h, w): `crop_size` or that of a smaller image.
-    """
-    height, width = image_size
-    full = max(1, round(height * scale)), max(1, round(width * scale))  # before the crop
-    h, w = min(full[0], crop_size[0]), min(full[1], crop_size[1])
-    top, left = int(rng.integers(full[0] - h + 1)), int(rng.integers(full[1] - w + 1))
-    y, x = image.height / full[0], image.width / full[1]
-    box = left * x, top * y, min((left + w) * x, image.width), min((top + h) * y, image.height)
-    # what the filter sees around the box; from a memory map no more than that is read
-    margin = math.ceil(max(1, x, y)) + 1
-    region = [max(0, math.floor(box[0]) - margin), max(0, math.floor(box[1]) - margin),
-              min(image.width, math.ceil(box[2]) + margin),
-              min(image.height, math.ceil(box[3]) + margin)]  # fmt: skip
-    box = [place - region[axis % 2] for axis, place in enumerate(box)]
-    image, mask = image.crop(region), mask.crop(region)
-    image = image.resize((w, h), Image.Resampling.BILINEAR, box=box)
-    return image, mask.resize((w, h), Image.Resampling.NEAREST, box=box), (h, w)
+    box = (
+        box_left - region_left,
+        box_top - region_top,
+        box_right - region_left,
+        box_bottom - region_top,
+    )
+    image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+    mask = mask.resize((width, height), Image.Resampling.NEAREST, box=box)
+    return image, mask
 
 
 def colour_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
     """Brightness, contrast and saturation in random order, each times 1 +- `strength`."""
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for number in rng.permutation(3):
-        image = enhancers[number](image).enhance(rng.uniform(1 - strength, 1 + strength))
+        factor = rng.uniform(1 - strength, 1 + strength)
+        image = enhancers[number](image).enhance(factor)
     return image
 
 
-def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many share the work: 0 and 1 outside of a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+# ---------------------------------------------------------------------------- images without labels
+#
+# A second half of each training batch, for the uncertainty alone. Nothing else needs this section.
+
+PARTNER_DRAWS = 3  # of a stream, as those above
+STRONG_DRAWS = 4
+
+
+def collate_pairs(pairs: list[tuple[Sample, Sample]]) -> Sample:
+    """One batch: all the labelled samples, then their partners in the same order."""
+    labelled = [sample for sample, _ in pairs]
+    unlabelled = [partner for _, partner in pairs]
+    return default_collate(labelled + unlabelled)
+
+
+def split_pairs(batch: Sample) -> tuple[Sample, Sample]:
+    """The labelled and the unlabelled half of a batch that `collate_pairs` made."""
+    half = len(batch.images) // 2
+    labelled = Sample(*(field[:half] for field in batch))
+    unlabelled = Sample(*(field[half:] for field in batch))
+    return labelled, unlabelled
+
+
+class PairedViews(Dataset):
+    """Training views, each with a partner: a second `Sample`, without labels, from which a network
+    learns its uncertainty alone. Indexing by (epoch, index) gives both.
+
+    A partner is a `strong_view` of the labelled sample (with `strong`), or a view of a random image
+    of `extra`; with both, one or the other at random. Both have the same flip, and a view that is
+    repeated has the same partner again. The partner of image i has index N + i, so that its stored
+    target has a row of its own. Its labels are `VOID`, or `IGNORED` in the padding and on held-out
+    classes.
+
+    Args:
+        labelled: the N views with labels.
+        extra: views of other images, with the same settings; None where there are none.
+        strong: whether strong views are made. Without `extra` they have to be.
+    """
+
+    collate = staticmethod(collate_pairs)
+
+    def __init__(self, labelled: TrainingViews, extra: TrainingViews | None, strong: bool):
+        self.labelled = labelled
+        self.extra = extra
+        self.strong = strong
+        # What a user of `TrainingViews` may ask for.
+        self.dataset = labelled.dataset
+        self.stream = labelled.stream
+        self.jitter = labelled.jitter
+
+    def __len__(self) -> int:
+        return len(self.labelled)
+
+    def num_target_rows(self) -> int:
+        """The rows that a cache of targets needs for one view: one per image and partner."""
+        return 2 * len(self)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Sample, Sample]:
+        epoch, index = key
+        sample = self.labelled.unflipped(epoch, index)
+        partner = self.make_partner(sample)
+        if self.labelled.draw_flip(epoch, index):
+            return flipped(sample), flipped(partner)
+        return sample, partner
+
+    def make_partner(self, sample: Sample) -> Sample:
+        """The partner of an unflipped sample, unflipped as well."""
+        key = [sample.view, sample.index]
+        rng = np.random.default_rng([*self.stream, PARTNER_DRAWS, *key])
+        take_strong = self.strong
+        if self.strong and self.extra is not None:
+            take_strong = rng.integers(2) == 0
+        if take_strong:
+            strong_rng = np.random.default_rng([*self.stream, STRONG_DRAWS, *key])
+            pixels, labels = strong_view(sample.images, sample.labels, strong_rng)
+        else:
+            extra_index = int(rng.integers(len(self.extra)))
+            pixels, labels = self.extra.read_view(sample.view, extra_index)
+        labels = torch.where(labels == IGNORED, IGNORED, VOID).to(torch.uint8)
+        return Sample(pixels, labels, len(self) + sample.index, sample.view, flip=False)
+
+
+def strong_view(pixels: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """uint8 [3, H, W] in other colours, blurred and noisy, and in half of the cases with a piece
+    pasted in.
+
+    The piece is a polygon of the upturned image itself: not one of the unknown objects that OOD
+    detection is measured on. The labels [H, W] of the piece come along, so that what is held out
+    stays out.
+    """
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    if rng.integers(2):
+        corners = rng.uniform(-0.3, 0.3, (6, 2))
+        corners = (corners + rng.uniform(0.2, 0.8, 2)) * image.size
+        piece = Image.new("L", image.size)
+        ImageDraw.Draw(piece).polygon([tuple(corner) for corner in corners], fill=255)
+        image.paste(image.transpose(Image.Transpose.FLIP_TOP_BOTTOM), mask=piece)
+        inside = torch.from_numpy(np.array(piece)) > 0
+        labels = torch.where(inside, labels.flip(0), labels)
+
+    image = colour_jitter(image, 0.5, rng)
+    blur = rng.uniform(0, 0.02) * image.height**0.75  # pixels
+    image = image.filter(ImageFilter.GaussianBlur(blur))
+    strength = rng.uniform(0, 20)
+    channels = 3 if rng.integers(2) else 1  # noise of any colour, or grey
+    noise = rng.normal(0, strength, (image.height, image.width, channels))
+    noisy = (np.asarray(image) + noise).clip(0, 255).astype(np.uint8)
+    return torch.from_numpy(noisy).permute(2, 0, 1).contiguous(), labels
+
+
+# ------------------------------------------------------------------------------------------ loaders
 
 
 class EpochBatches(Sampler):
-    """Batches of (epoch, index) in an order that is a function of (stream, epoch); a process of a
-    group gets its share of each.
+    """Batches of (epoch, index) in an order that is a function of (stream, epoch).
 
-    `epoch` and `start` (first batch) are set before each pass. A last batch of less than two images
-    a process is dropped, for batch norm needs two; a data set smaller than a batch makes one of it.
+    Process `rank` of `world` gets every `world`-th image of each batch. `epoch` and `start` (the
+    first batch) are set before each pass. A last batch of less than two images per process is
+    dropped, for batch norm needs two. A data set that is smaller than a batch becomes one batch;
+    DataError where even that is too small.
     """
 
-    def __init__(self, length: int, batch_size: int, stream: list[int]):
-        self.rank, self.world = rank_and_world()
-        self.length, self.batch_size, self.stream = length, min(batch_size, length), stream
-        self.epoch = self.start = 0
-        if self.batch_size < 2 * self.world:
-            raise DataError(f"a batch of {self.batch_size} of the {length} training images is too "
-                            f"small for {self.world} processes; batch norm needs at least 2 each")
+    def __init__(
+        self, length: int, batch_size: int, stream: Sequence[int], rank: int = 0, world: int = 1
+    ):
+        self.length = length
+        self.batch_size = min(batch_size, length)
+        self.stream = stream
+        self.rank = rank
+        self.world = world
+        self.epoch = 0
+        self.start = 0
+        if self.batch_size < 2 * world:
+            raise DataError(
+                f"a batch of {self.batch_size} of the {length} training images is too small for "
+                f"{world} processes; batch norm needs at least 2 each"
+            )
 
     def __len__(self) -> int:
-        return self.length // self.batch_size + (self.length % self.batch_size >= 2 * self.world)
+        full_batches, remainder = divmod(self.length, self.batch_size)
+        if remainder >= 2 * self.world:
+            return full_batches + 1
+        return full_batches
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.default_rng([*self.stream, 2, self.epoch]).permutation(self.length)
+        rng = np.random.default_rng([*self.stream, ORDER_DRAWS, self.epoch])
+        order = rng.permutation(self.length)
         for number in range(self.start, len(self)):
             batch = order[number * self.batch_size : (number + 1) * self.batch_size]
             yield [(self.epoch, int(index)) for index in batch[self.rank :: self.world]]
 
 
-def leave_ctrl_c_to_parent(_: int) -> None:
-    """A worker that dies of Ctrl-C breaks the loop that its parent is about to end in order. But
-    SIGTERM is how the parent ends it: were that ignored, the parent would wait for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def training_loader(
+    views: TrainingViews | PairedViews,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+) -> DataLoader:
+    """Batches of `Sample`; set `loader.batch_sampler.epoch` before each pass.
+
+    `batch_size` is that of all `world` processes together. `workers` is the number of processes
+    that load, 0 to load in this one.
+    """
+    batches = EpochBatches(len(views), batch_size, views.stream, rank, world)
+    settings = worker_settings(workers, device)
+    return DataLoader(views, batch_sampler=batches, collate_fn=views.collate, **settings)
 
 
-def worker_settings(workers: int, device: torch.device) -> dict:
-    # a generator of its own: the default one would draw from the stream that dropout uses
-    own, pin = torch.Generator(), device.type == "cuda"
-    return dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=pin, generator=own,
-                worker_init_fn=leave_ctrl_c_to_parent)  # fmt: skip
+def evaluation_loader(
+    dataset: Dataset,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+) -> DataLoader:
+    """Lists of `EvalSample` batches of one size each, in order: [B, 3, h, w], [B, H, W] and [B].
 
-
-def training_loader(views: TrainingViews, batch_size: int, workers: int, device) -> DataLoader:
-    """Batches of `Sample`, of `PairedViews` first all the labelled ones, then as many others; set
-    `loader.batch_sampler.epoch` before each pass."""
-    batches = EpochBatches(len(views), batch_size, views.stream)
-    collate = collate_pairs if isinstance(views, PairedViews) else default_collate
-    return DataLoader(views, batch_sampler=batches, collate_fn=collate,
-                      **worker_settings(workers, device))  # fmt: skip
-
-
-def collate_pairs(pairs: list[tuple[Sample, Sample]]) -> Sample:
-    return default_collate([sample for half in zip(*pairs, strict=True) for sample in half])
-
-
-def evaluation_loader(dataset: Dataset, batch_size: int, workers: int, device) -> DataLoader:
-    """Lists of equally sized `EvalSample` batches, in order: [B, 3, h, w], [B, H, W] and [B]; to a
-    process of a group every so many images, without padding."""
-    rank, world = rank_and_world()
+    Process `rank` of `world` gets every `world`-th image, without padding.
+    """
     if world > 1:
         dataset = Subset(dataset, range(rank, len(dataset), world))
     settings = worker_settings(workers, device)
@@ -626,405 +1018,912 @@ def evaluation_loader(dataset: Dataset, batch_size: int, workers: int, device) -
 
 
 def collate_runs(samples: list[EvalSample]) -> list[EvalSample]:
-    """Neighbours of equal shapes become one batch; one size of image with two of masks does not."""
-    runs = groupby(samples, key=lambda sample: (sample.image.shape, sample.labels.shape))
-    return [default_collate(list(run)) for _, run in runs]
+    """Batches of neighbours whose images and labels have equal shapes."""
+    batches = []
+    for _, run in groupby(samples, key=shapes):
+        batches.append(default_collate(list(run)))
+    return batches
 
 
-# ------------------------------------------------------------ street scenes drawn on the spot
-
-SKY, BUILDING, POLE, ROAD, PAVEMENT, TREE, SIGN, FENCE, CAR, PEDESTRIAN, BICYCLIST = range(11)
-# A family of colours for each material; the last of most looks like another one's: nothing is sure.
-TONES = {
-    "wall": "b05c46 cea068 debe96 be7854 cc8e7a 807e80", "road": "4e5058 464850 585a62 7a7674",
-    "slab": "bab4ac aeaaa6 c4baac 807e80", "leaf": "3e7c2c 4e8834 346c2a 608a30 3a4828",
-    "board": "dcd8cc ccd4d8 e4e0d0 8e5e32", "metal": "262a2e 2e3234 202228 686a6c",
-    "coat": "2c54b0 b22228 246eaa d6d8de 42703e", "shirt": "a03c98 c85cb0 8640b0 dcb0dc 3c5aa0",
-    "vest": "f6d628 fa961e ece83c b0b050", "face": "d61e28 ce2224 1c4ac4 de282c f0c428",
-    "skin": "e0b496 b07e60 785440", "jeans": "3c4468 344c60", "glass": "283040 404c60",
-    "white": "f0f0f0", "black": "1a1a1c", "grey": "84868a", "lamp": "e82a1e", "hair": "604832",
-}  # fmt: skip
-INKS = ((10, 10, 20), (245, 245, 245), (20, 60, 230), (110, 20, 220))  # of unknown objects
-MOODS = [((84, 146, 222), (206, 226, 240), (1.05, 1.0, 0.95)),  # zenith, skyline, light on things
-         ((176, 182, 190), (218, 220, 222), (0.9, 0.92, 0.95)),  # overcast
-         ((120, 128, 184), (250, 196, 150), (0.96, 0.82, 0.74))]  # evening  # fmt: skip
-# What faces the camera, back to front: class (None keeps what is there), material, and x, y, ... in
-# centimetres; two points are the corners of an ellipse.
-SHADOW, POST = (None, "black", -45, -7, 45, 7), (POLE, "metal", -24, 0, -24, 230, 24, 230, 24, 0)
-LAMP_POST = [SHADOW, (POLE, "metal", -24, 0, -24, 600, 24, 600, 24, 0)]
-SIGN_POST = [SHADOW, POST, (SIGN, "face", -54, 176, 54, 284),
-             (None, "white", -38, 221, -38, 241, 38, 241, 38, 221)]
-WARNING = [SHADOW, POST, (SIGN, "face", -64, 190, 0, 300, 64, 190),
-           (None, "white", -30, 210, 0, 262, 30, 210)]
-MOTOR = [(CAR, "black", -85, 0, -85, 40, 85, 40, 85, 0),
-         (CAR, "coat", -88, 25, -88, 95, -68, 150, 68, 150, 88, 95, 88, 25),
-         (None, "glass", -74, 98, -60, 142, 60, 142, 74, 98),
-         (None, "lamp", -84, 64, -58, 88), (None, "lamp", 58, 64, 84, 88),
-         (None, "white", -24, 45, -24, 60, 24, 60, 24, 45)]
-WALKER = [SHADOW, (PEDESTRIAN, "jeans", -27, 92, 27, 92, 36, 0, 14, 0, 0, 60, -6, 0, -28, 0),
-          (PEDESTRIAN, "shirt", -24, 152, -50, 85, -36, 80, 36, 80, 50, 85, 24, 152),
-          (PEDESTRIAN, "hair", -18, 152, 18, 190), (PEDESTRIAN, "skin", -13, 148, 17, 182)]
-RIDER = [(BICYCLIST, "black", -94, 0, -14, 78), (BICYCLIST, "black", 14, 0, 94, 78),
-         (None, "grey", -80, 13, -28, 65), (None, "grey", 28, 13, 80, 65),
-         (BICYCLIST, "face", -60, 34, -22, 90, 38, 90, 60, 34, 46, 34, 24, 76, -14, 76, -44, 34),
-         (BICYCLIST, "jeans", -32, 100, 16, 84, -2, 20, 16, 20, 36, 92, -10, 116),
-         (BICYCLIST, "vest", -36, 95, -10, 154, 30, 150, 58, 110, 48, 102, 24, 122, 8, 95),
-         (BICYCLIST, "skin", 4, 148, 38, 184), (BICYCLIST, "vest", -2, 166, 38, 192)]  # fmt: skip
+def shapes(sample: EvalSample) -> tuple[torch.Size, torch.Size]:
+    """The shapes of image and labels: inputs of one size may have labels of several sizes."""
+    return sample.image.shape, sample.labels.shape
 
 
-def _paint(s, label, rgb, corners):
-    """A polygon of world points (x right, y up, z away, in metres), lit and hazy; two points span
-    a rectangle along the street or, equally far, an ellipse."""
-    if len(corners) == 2 and corners[0][2] != corners[1][2]:
-        (x, y, z), (x1, y1, z1) = corners
-        corners = [(x, y, z), (x1, y1, z), (x1, y1, z1), (x, y, z1)]
-    xy = [(s.cx + s.f * x / z, s.horizon + s.f * (1.4 - y) / z) for x, y, z in corners]
-    near = math.exp(-s.haze * corners[-1][2])
-    ink = [int(c * near * a + b * (1 - near)) for c, a, b in zip(rgb, s.light, s.fog, strict=True)]
-    for canvas, fill in ((s.paint, tuple(ink)), (s.annotate, label)):
-        if fill is not None and len(xy) == 2:
-            canvas.ellipse([*map(min, *xy), *map(max, *xy)], fill=fill)
-        elif fill is not None:
-            canvas.polygon(xy, fill=fill)
+def worker_settings(workers: int, device: torch.device) -> dict:
+    """The arguments of a DataLoader that concern its processes."""
+    return {
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "pin_memory": device.type == "cuda",
+        # Without a generator it draws from the global one, which dropout uses.
+        "generator": torch.Generator(),
+        "worker_init_fn": leave_ctrl_c_to_parent,
+    }
 
 
-def _tone(r, name):
-    return [c * r.uniform(0.93, 1.07) for c in bytes.fromhex(r.choice(TONES[name].split()))]
+def leave_ctrl_c_to_parent(worker_id: int) -> None:
+    """Ignore SIGINT in a worker: one that dies of Ctrl-C breaks the loop that its parent is about
+    to end in order. But SIGTERM is how the parent ends it: were that ignored, the parent would wait
+    for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _figure(s, r, parts, x, z):
-    """Paint what stands at (x, 0, z) facing the camera, in tones and a size of its own."""
-    tones, scale = {part[1]: _tone(r, part[1]) for part in parts}, r.uniform(0.0092, 0.0108)
-    flip = scale * r.choice((-1, 1))
-    for label, name, *xy in parts:
-        points = [(x + flip * u, scale * v, z) for u, v in zip(xy[::2], xy[1::2], strict=True)]
-        _paint(s, label, tones[name], points)
+# ---------------------------------------------------------------------------------------- anomalies
+
+ANY_FOLDERS = r"(?:.*/)?"
+ANY_IMAGE = rf"\.(?:{'|'.join(SUFFIXES)})"  # the suffix of an image
+BINARY = {0: 0, 1: 1, VOID: VOID}
+# Of Lost and Found: the background, and objects that are no hazard.
+NO_HAZARDS = (0, 31, 33, 34, 36, 37, 38, 39)
+LOST_AND_FOUND = {1: 0}  # the road
+LOST_AND_FOUND |= dict.fromkeys(range(2, 44), 1)  # objects on it
+LOST_AND_FOUND |= dict.fromkeys(NO_HAZARDS, VOID)
 
 
-def _building(s, r, x, z0, z1):
-    wall, glass, height = _tone(r, "wall"), _tone(r, "glass"), r.uniform(4.5, 8)
-    front = [(x, 0, z0), (x, height, z0), (5 * x, height, z0), (5 * x, 0, z0)]
-    _paint(s, BUILDING, wall, front)
-    _paint(s, BUILDING, [s.shade[x > 0] * c for c in wall], [(x, 0, z0), (x, height, z1)])
-    columns = int((z1 - z0) / (1.4 + z0 / 8))
-    for k in range(columns * int(height / 2.1)):
-        y, z = 0.7 + 2.1 * (k // columns), z0 + (k % columns + 0.25) * (z1 - z0) / columns
-        _paint(s, None, glass, [(x, y, z), (x, y + 1.1, z + 0.5 * (z1 - z0) / columns)])
+def path_pattern(expression: str) -> re.Pattern:
+    """A pattern of the paths below the folder of a set; upper and lower case are the same."""
+    return re.compile(expression, re.IGNORECASE)
 
 
-def _garden(s, r, x, z0, z1):
-    for z in (z1, z1 - r.uniform(2, 3)):  # two trees behind a fence
-        at, up, leaf = x * r.uniform(1.1, 1.6), r.uniform(2.6, 3.2), _tone(r, "leaf")
-        for _ in range(9):
-            u, v, a = at + r.gauss(0, 0.5), r.gauss(0, 0.4), r.uniform(0.55, 0.85)
-            rgb = [c * min(1.6, 1 + 0.4 * v + r.uniform(-0.2, 0.2)) for c in leaf]
-            _paint(s, TREE, rgb, [(u - a, up + v - a, z), (u + a, up + v + a, z)])
-    board, height, z = _tone(r, "board"), r.uniform(1.5, 2.0), z0
-    _paint(s, FENCE, [0.4 * c for c in board], [(x, 0, z0), (x, height, z1)])
-    while z < z1:  # boards no finer than can be seen
-        b = z + max(0.18, 0.022 * z * z)
-        _paint(s, None, [c * r.uniform(0.9, 1.08) for c in board], [(x, 0, z), (x, height, b)])
-        z = b + 0.5 * (b - z)
+class ComponentSizes(NamedTuple):
+    """The fewest pixels of a component that counts; smaller ones are left out."""
 
-
-def _street(s, r):
-    """The ground, both sides of the street, then what stands on it: far to near."""
-    half, edge, depths = r.uniform(1.35, 1.65), r.uniform(2.8, 3.3), (99, 30, 15, 9, 6, 4, 3, 2, 1)
-    slab, road, joint = _tone(r, "slab"), _tone(r, "road"), _tone(r, "grey")
-    for k, (z1, z0) in enumerate(zip(depths, depths[1:], strict=False)):
-        for label, rgb, x, z in ((PAVEMENT, slab, 60, z1), (None, joint, 60, z0 * 1.02),
-                                 (None, joint, half + 0.1, z1), (ROAD, road, half, z1),
-                                 (None, (220, 220, 214), 0.07 * (k % 2), z1)):  # fmt: skip
-            _paint(s, label, rgb, [(-x, 0, z0), (x, 0, z)])
-    for z0, z1 in ((13, 24), (7.5, 13), (1.3, 7.5)):
-        for x in (-edge, edge):
-            (_building if z0 > 2 or r.random() < 0.4 else _garden)(s, r, x, z0, z1)
-    things = []
-    for side in (-1, 1):
-        for low, high, inner, outer, kinds in (
-            (3.0, 4.8, 0.6, 0.8, (MOTOR, MOTOR, RIDER, RIDER, [])),
-            (2.6, 3.8, half + 0.4, half + 0.9, (WALKER, [])),
-            (3.0, 4.6, half, half + 0.2, (SIGN_POST, SIGN_POST, WARNING, LAMP_POST, [], [])),
-        ):
-            things.append((r.uniform(low, high), side * r.uniform(inner, outer), r.choice(kinds)))
-    for z, x, parts in sorted(things, key=lambda thing: -thing[0]):
-        _figure(s, r, parts, x, z)
-
-
-def _noise(rng, size, cells):
-    """Smooth noise [H, W] of about unit variance, `cells` grains high whatever the size."""
-    grid = rng.standard_normal((cells, cells * size[1] // size[0]), dtype=np.float32)
-    return np.asarray(Image.fromarray(grid).resize(size[::-1], Image.Resampling.BICUBIC))
-
-
-def draw_scene(rng, size):
-    """A street as (image uint8 [H, W, 3], labels uint8 [H, W], 0..10 and 255) for size (H, W)."""
-    r, (height, width) = random.Random(int(rng.integers(2**62))), (2 * size[0], 2 * size[1])
-    zenith, low, light = r.choices(MOODS, (5, 4, 2))[0]
-    image, canvas = Image.new("RGB", (width, height)), Image.new("L", (width, height), SKY)
-    s = SimpleNamespace(  # drawn at twice the size: halving smooths the edges
-        f=0.9 * height, cx=width * r.uniform(0.44, 0.56), horizon=height * r.uniform(0.42, 0.48),
-        light=light, fog=low, haze=r.uniform(0.01, 0.03), shade=r.choice(((0.8, 1), (1, 0.8))),
-        paint=ImageDraw.Draw(image), annotate=ImageDraw.Draw(canvas),
-    )  # fmt: skip
-    sky = np.linspace(zenith, low, 12)[:, None]  # [12, 1, 3]
-    sky = sky + (244 - sky) * np.clip(0.4 * _noise(rng, (12, 18), 6), 0, 1)[..., None]  # clouds
-    sky = Image.fromarray(sky.clip(0, 255).astype(np.uint8))
-    image.paste(sky.resize((width, int(s.horizon) + 2), Image.Resampling.BICUBIC))
-    _street(s, r)
-    labels = np.asarray(canvas)[::2, ::2].copy()
-    rough = np.float32([0.01, 0.05, 0.03, 0.06, 0.05, 0.16, 0.02, 0.05, 0.02, 0.04, 0.04])[labels]
-    grain = _noise(rng, size, size[0]) + _noise(rng, size, size[0] // 4)
-    pixels = np.asarray(image.reduce(2)) * ((1 + rough * grain) * r.uniform(0.85, 1.15))[..., None]
-    pixels += np.float32(r.uniform(1.5, 4)) * rng.standard_normal(pixels.shape, np.float32)
-    here = labels[1:, 1:]
-    edge = (here != labels[:-1, 1:]) | (here != labels[1:, :-1])
-    here[edge & (_noise(rng, edge.shape, 6) > -0.6)] = VOID  # nobody can tell who owns some borders
-    return pixels.clip(0, 255).astype(np.uint8), labels
-
-
-def draw_unknown(rng, height):
-    """An object `height` pixels high: (rgb float [h, w, 3], alpha float [h, w]), both in [0, 1]."""
-    rows, a, n = 2 * max(6, int(height)), rng.uniform(0, np.pi), rng.integers(4, 8)
-    u, v = np.meshgrid(np.linspace(-1.1, 1.1, rows) * rng.choice((-1, 1)), np.linspace(-1, 1, rows))
-    p, q = 2.4 * (u * np.cos(a) + v * np.sin(a)), 2.4 * (v * np.cos(a) - u * np.sin(a))
-    rho, theta = np.hypot(u, v), np.arctan2(v, u)
-    creature = np.full(u.shape, 9.0)  # a trunk, a neck and n legs, in signed distance
-    legs = [(x, 0, 0.2 * x, 0.88, 0.13) for x in np.linspace(-0.6, 0.6, n)]
-    for x, y, dx, dy, thick in ((-0.5, 0, 1, 0, 0.36), (0.5, 0, 0.25, -0.8, 0.18), *legs):
-        t = np.clip(((u - x) * dx + (v - y) * dy) / (dx * dx + dy * dy), 0, 1)
-        creature = np.minimum(creature, np.hypot(u - x - t * dx, v - y - t * dy) - thick)
-    blob = rho - 0.74 - 0.14 * np.sin(2 * theta + n) - 0.1 * np.sin((n - 1) * theta - n)
-    star, torus = rho - 0.45 - 0.5 * np.abs(np.cos(n * theta / 2)), np.abs(rho - 0.64) - 0.34
-    alpha = np.clip(0.5 - (blob, star, torus, creature)[rng.integers(4)] * rows / 4, 0, 1)
-    checks, dots = (np.floor(p) + np.floor(q)) % 2, 4 * np.hypot(p % 1 - 0.5, q % 1 - 0.5) - 1
-    zebra, spiral = 0.5 + 3 * np.sin(5 * p + np.sin(2 * q)), 0.5 + 3 * np.sin(3 * theta + 9 * rho)
-    plasma = 0.5 + 0.6 * np.sin(2 * p + 2 * np.sin(2 * q) + 3 * rho)
-    pattern = (checks, dots, zebra, spiral, plasma)[rng.integers(5)].clip(0, 1)[..., None]
-    first, second = rng.permutation(INKS)[:2] / 255
-    light = 0.7 + 0.3 * np.sqrt(np.clip(1 - rho**2 / 2, 0, 1)) - 0.15 * v
-    rgb = np.clip((first * pattern + second * (1 - pattern)) * light[..., None], 0, 1)
-    return [x.reshape(rows // 2, 2, rows // 2, 2, -1).mean((1, 3)).squeeze() for x in (rgb, alpha)]
-
-
-def paste_unknowns(image, rng, horizon=0.45):
-    """One to three unknown objects in a street image, uint8 [H, W, 3], its horizon a fraction from
-    the top: (image, mask uint8 [H, W]), 1 on them; size, light and grain follow the image."""
-    (height, width), image = image.shape[:2], image.astype(np.float32)
-    if min(height, width) < 16:  # no room
-        return image.astype(np.uint8), np.zeros((height, width), np.uint8)
-    mask, (yy, xx) = np.zeros((height, width), np.uint8), np.mgrid[:height, :width]
-    street = image[int(horizon * height) :: max(1, height // 64), :: max(1, width // 64)]
-    dark, bright = np.percentile(street.reshape(-1, 3), (2, 99), axis=0)
-    noise = min(4.0, float(np.median(np.abs(np.diff(image[height // 3 : height // 2], axis=1)))))
-    for drop in np.sort(rng.uniform(0.25, 0.85, rng.integers(1, 4)) * (1 - horizon)):  # far first
-        foot = int((horizon + drop) * height)
-        # an eye at 1.4 m sees m metres m / 1.4 times as high as their foot is below the horizon
-        tall = np.clip(drop * rng.uniform(1.2, 1.8), 0.3, 0.65) * height
-        tall = max(6, int(min(tall, foot, width)))
-        rgb, alpha = draw_unknown(rng, tall)
-        left = int(rng.uniform(0, width - tall))
-        alpha = np.roll(alpha, tall - 1 - np.flatnonzero(alpha.max(1) > 0.5)[-1], axis=0)
-        away = ((xx - left - tall / 2) ** 2 + 16 * (yy - foot) ** 2) / tall**2
-        image *= 1 - 0.45 * np.exp(-8 * away)[..., None]  # its shadow
-        place = slice(foot - tall, foot), slice(left, left + tall)
-        rgb = dark + rgb * (bright - dark) + rng.normal(0, noise, rgb.shape)
-        image[place] += alpha[..., None] * (rgb - image[place])
-        mask[place] |= alpha > 0.5
-    return (image + 0.5).clip(0, 255).astype(np.uint8), mask
-
-
-def draw_ood_scene(rng, size):
-    """A scene with unknown objects: (image, mask uint8 [H, W]), 1 on them, 255 where it is void."""
-    image, labels = draw_scene(rng, size)
-    image, mask = paste_unknowns(image, rng)
-    mask[(labels == VOID) & (mask == 0)] = VOID
-    return image, mask
-
-
-# ------------------------------------------------------------ out-of-distribution sets
+    predicted: int = 500
+    true: int = 100
 
 
 class AnomalyLayout(NamedTuple):
-    """An OOD set as its publisher ships it: patterns of the paths below its folder, in which {id}
-    (one name) or {path} (with folders) is what an image and its mask share, # is a digit, * a part
-    of a name, **/ any folders, [ ] may be missing and | is "or"."""
+    """An OOD set as its publisher ships it.
 
-    images: str
-    masks: str
-    values: dict  # all that a mask may hold: raw value, 0 normal, 1 anomaly or 255 void
-    published: int | None = None  # images that have a public mask
-    smallest: tuple[int, int] = (500, 100)  # pixels of a predicted and of a true component
-    bases: str = ""  # photographs, to which `images` are the differences
+    `images` and `masks` are regular expressions of whole paths below the folder of the set. Each
+    has a group `id`, and an image belongs to the mask with the same `id`: images/(?P<id>[^/]+).png
+    matches images/7.png with the id 7.
 
-    def find(self, folders: list[Path]) -> dict[str, dict[str, Path]]:
-        """The files of each kind by what they share; DataError where two share the same."""
-        found = {"images": {}, "masks": {}, "bases": {}}
-        patterns = {kind: self.pattern(getattr(self, kind)) for kind in found}
-        paths = [(folder, Path(place, name)) for folder in folders
-                 for place, _, names in os.walk(folder, followlinks=True) for name in names]
-        for (folder, path), kind in product(paths, found):
-            if match := patterns[kind].fullmatch(path.relative_to(folder).as_posix()):
-                key = next(filter(None, match.groups()))
-                if (other := found[kind].setdefault(key, path)) != path:
-                    raise DataError(f"{other} and {path} are both the file of {key} among the "
-                                    f"{kind}; keep one of them")  # fmt: skip
-        return found
+    Where a set has only the differences to photographs of another set, `images` are the files of
+    the differences and `photographs` the photographs. The id of a photograph is then that of its
+    difference without the number in front: frankfurt_1 for 0003_frankfurt_1.
+    """
 
-    @staticmethod
-    def pattern(text: str) -> re.Pattern:
-        text = re.escape(text)
-        for sign, meaning in (("{id}", "([^/]+)"), ("{path}", "(.+)"), ("#", r"\d"), ("|", "|"),
-                              ("**/", "(?:.*/)?"), (".*", rf"\.(?:{'|'.join(SUFFIXES)})"),
-                              ("*", "[^/]*"), ("[", "(?:"), ("]", ")?")):  # fmt: skip
-            text = text.replace(re.escape(sign), meaning)
-        return re.compile(text, re.IGNORECASE)
+    description: str  # of the files, for a message
+    images: re.Pattern
+    masks: re.Pattern
+    values: dict[int, int]  # all that a mask may hold: raw value, 0 normal, 1 anomaly or 255 void
+    published: int | None = None  # how many images have a public mask
+    smallest: ComponentSizes = ComponentSizes()
+    photographs: re.Pattern | None = None
 
 
-BINARY = {0: 0, 1: 1, VOID: VOID}
-LAF_VOID = (0, 31, 33, 34, 36, 37, 38, 39)  # background, and objects that are no hazard
+SMALL_OBSTACLES = ComponentSizes(predicted=50, true=10)
+
 OOD_LAYOUTS = {
     "roadanomaly21": AnomalyLayout(
-        "[dataset_AnomalyTrack/]images/{id}.*",
-        "[dataset_AnomalyTrack/]labels_masks/{id}_labels_semantic.png", BINARY, 10),
+        description="images as images/{id}.jpg and masks as labels_masks/{id}_labels_semantic.png, "
+        "in dataset_AnomalyTrack or without that folder",
+        images=path_pattern(rf"(?:dataset_AnomalyTrack/)?images/(?P<id>[^/]+){ANY_IMAGE}"),
+        masks=path_pattern(
+            r"(?:dataset_AnomalyTrack/)?labels_masks/(?P<id>[^/]+)_labels_semantic\.png"
+        ),
+        values=BINARY,
+        published=10,
+    ),
     "roadobstacle21": AnomalyLayout(
-        "[dataset_ObstacleTrack/]images/{id}.*",
-        "[dataset_ObstacleTrack/]labels_masks/{id}_labels_semantic.png", BINARY, 30, (50, 10)),
+        description="images as images/{id}.webp and masks as "
+        "labels_masks/{id}_labels_semantic.png, in dataset_ObstacleTrack or without that folder",
+        images=path_pattern(rf"(?:dataset_ObstacleTrack/)?images/(?P<id>[^/]+){ANY_IMAGE}"),
+        masks=path_pattern(
+            r"(?:dataset_ObstacleTrack/)?labels_masks/(?P<id>[^/]+)_labels_semantic\.png"
+        ),
+        values=BINARY,
+        published=30,
+        smallest=SMALL_OBSTACLES,
+    ),
     "roadanomaly": AnomalyLayout(
-        "frames/{id}.*", "frames/{id}.labels/labels_semantic.png", {0: 0, 2: 1}, 60),
+        description="images as frames/{id}.jpg and masks as frames/{id}.labels/labels_semantic.png",
+        images=path_pattern(rf"frames/(?P<id>[^/]+){ANY_IMAGE}"),
+        masks=path_pattern(r"frames/(?P<id>[^/]+)\.labels/labels_semantic\.png"),
+        values={0: 0, 2: 1},
+        published=60,
+    ),
     "fishyscapes-laf": AnomalyLayout(
-        "**/{id}_leftImg8bit.png", "**/####_{id}_labels.png", BINARY, 100),
+        description="images as {id}_leftImg8bit.png and masks as 0000_{id}_labels.png, in any "
+        "folders",
+        images=path_pattern(rf"{ANY_FOLDERS}(?P<id>[^/]+)_leftImg8bit\.png"),
+        masks=path_pattern(rf"{ANY_FOLDERS}\d\d\d\d_(?P<id>[^/]+)_labels\.png"),
+        values=BINARY,
+        published=100,
+    ),
     "fishyscapes-static": AnomalyLayout(
-        "**/{id}_rgb.npz", "**/{id}_labels.png", BINARY, 30, bases="**/{id}_leftImg8bit.png"),
+        description="images as 0000_{id}_rgb.npz, masks as 0000_{id}_labels.png and the "
+        "photographs of Cityscapes as {id}_leftImg8bit.png, in any folders",
+        images=path_pattern(rf"{ANY_FOLDERS}(?P<id>[^/]+)_rgb\.npz"),
+        masks=path_pattern(rf"{ANY_FOLDERS}(?P<id>[^/]+)_labels\.png"),
+        values=BINARY,
+        published=30,
+        photographs=path_pattern(rf"{ANY_FOLDERS}(?P<id>[^/]+)_leftImg8bit\.png"),
+    ),
     "lost-and-found": AnomalyLayout(
-        "leftImg8bit/test/{path}_leftImg8bit.png", "gtCoarse/test/{path}_gtCoarse_labelIds.png",
-        {1: 0} | dict.fromkeys(range(2, 44), 1) | dict.fromkeys(LAF_VOID, VOID), 1203, (50, 10)),
+        description="images as leftImg8bit/test/{id}_leftImg8bit.png and masks as "
+        "gtCoarse/test/{id}_gtCoarse_labelIds.png",
+        images=path_pattern(r"leftImg8bit/test/(?P<id>.+)_leftImg8bit\.png"),
+        masks=path_pattern(r"gtCoarse/test/(?P<id>.+)_gtCoarse_labelIds\.png"),
+        values=LOST_AND_FOUND,
+        published=1203,
+        smallest=SMALL_OBSTACLES,
+    ),
     "streethazards": AnomalyLayout(
-        "test/images/test/{path}.png", "test/annotations/test/{path}.png",
-        dict.fromkeys(range(1, 14), 0) | {14: 1}, 1500),
+        description="images as test/images/test/{id}.png and masks as "
+        "test/annotations/test/{id}.png",
+        images=path_pattern(r"test/images/test/(?P<id>.+)\.png"),
+        masks=path_pattern(r"test/annotations/test/(?P<id>.+)\.png"),
+        values=dict.fromkeys(range(1, 14), 0) | {14: 1},
+        published=1500,
+    ),
     "folder": AnomalyLayout(
-        "original/{path}.*|images/{path}.*", "labels/{path}.png|labels_masks/{path}.png", BINARY),
-}  # fmt: skip
-
-
-class AnomalyImages(SegmentationDataset):
-    """Images of any size with masks: 1 anomaly, 0 none, 255 void; without `masks` 0 everywhere.
-    The network's input has the height of `image_size` and keeps an image's proportions."""
-
-    def __init__(self, name, image_size, images, masks=(), values=None, differences=()):
-        super().__init__(name, {}, values or {0: 0}, image_size)
-        self.valid[VOID] = VOID in (values or ())
-        self.images, self.masks, self.differences = images, masks, differences
-        shown = differences or images
-        count = Counter(path.stem for path in shown)
-        self.names = [f"{path.parent.name}_" * (count[path.stem] > 1) + path.stem for path in shown]
-
-    def input_size(self, image) -> tuple[int, int]:
-        return in_proportion(image, self.image_size)
-
-    def read(self, index: int) -> tuple[Image.Image, Image.Image]:
-        if not self.masks:
-            image = read_image(self.images[index])
-            return image, Image.new("L", image.size)
-        image, mask = super().read(index)
-        return (add_difference(image, self.differences[index]) if self.differences else image), mask
-
-
-def add_difference(photo: Image.Image, path: Path) -> Image.Image:
-    """`photo` plus the signed array `rgb` [H, W, 3] of an npz file."""
-    try:
-        with np.load(path) as file:
-            difference = file["rgb"]
-        if difference.shape != (photo.height, photo.width, 3):
-            raise ValueError(f"its shape is {difference.shape}, the photo's {photo.size[::-1]}")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"cannot read the overlay {path} ({error}); restore it") from error
-    pixels = np.asarray(photo).astype(np.int32) + difference
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-class OwnAnomalies(Dataset):
-    """The evaluation set with masks of anomalies, 255 void: its held-out classes or, with `paste`,
-    unknown objects pasted into it, the same for an index (held-out classes are void then)."""
-
-    def __init__(self, dataset: SegmentationDataset, paste: bool):
-        self.dataset, self.stem, self.paste = dataset, dataset.stem, paste
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> EvalSample:
-        image, mask = self.dataset.read(index)
-        labels = self.dataset.labels(mask, index)
-        anomaly = np.where(labels < IGNORED, 0, VOID).astype(np.uint8)
-        if self.paste:
-            rng = np.random.default_rng([PASTED, index])
-            pixels, objects = paste_unknowns(np.array(image), rng)
-            image, anomaly[objects == 1] = Image.fromarray(pixels), 1
-        else:
-            anomaly[labels == IGNORED] = 1
-        image = to_input(image, self.dataset.image_size)
-        return EvalSample(image, torch.from_numpy(anomaly), index)
+        description="images as original/{id}.jpg or images/{id}.jpg and masks as labels/{id}.png "
+        "or labels_masks/{id}.png",
+        images=path_pattern(rf"(?:original|images)/(?P<id>.+){ANY_IMAGE}"),
+        masks=path_pattern(r"(?:labels|labels_masks)/(?P<id>.+)\.png"),
+        values=BINARY,
+    ),
+}
 
 
 class OODSet(NamedTuple):
     """What `open_ood` returns."""
 
     name: str
-    dataset: Dataset  # of `EvalSample`, the labels 0 normal, 1 anomaly, 255 void
-    smallest: tuple[int, int]  # pixels of a predicted and of a true component
+    dataset: Dataset  # of `EvalSample`, the labels 0 normal, 1 anomaly, 255 void; has `names`
+    smallest: ComponentSizes
     protocol: dict  # what was read, skipped and taken as void
 
 
 def open_ood(spec: str, dataset: SegmentationDataset) -> OODSet:
     """The OOD set that `spec` names, at the input size of the evaluation set `dataset`.
 
-    "pasted" into its images, its "held-out" classes, the split `ood` of the "synthetic" scenes,
-    NAME:PATH with a name of `OOD_LAYOUTS`, or a folder. DataError where the files do not fit.
+    "pasted": unknown objects in its images; "held-out": its held-out classes; "synthetic": the
+    split `ood` of the drawn scenes; NAME:PATH with a name of `OOD_LAYOUTS`; or a folder. DataError
+    where the files do not fit.
     """
-    own = {"source": "the evaluation split", "void": "its void"}
     if spec in ("pasted", "held-out"):
-        return OODSet(spec, OwnAnomalies(dataset, spec == "pasted"), (500, 100), own)
+        anomalies = EvaluationAnomalies(dataset, paste=spec == "pasted")
+        protocol = {"source": "the evaluation split", "void": "its void"}
+        return OODSet(spec, anomalies, ComponentSizes(), protocol)
     if spec == "synthetic":
-        own = {"source": "drawn", "void": "masks 255"}
-        return OODSet(spec, SyntheticScenes("ood", dataset.image_size), (50, 10), own)
-    name, _, folders = ("folder", "", spec) if Path(spec).is_dir() else spec.partition(":")
+        scenes = SyntheticScenes("ood", dataset.image_size)
+        protocol = {"source": "drawn", "void": "masks 255"}
+        return OODSet(spec, scenes, SMALL_OBSTACLES, protocol)
+
+    if Path(spec).is_dir():
+        name = "folder"
+        paths = spec
+    else:
+        name, _, paths = spec.partition(":")
     if name not in OOD_LAYOUTS:
-        raise DataError(f"--ood {spec}: no such set or folder; choose synthetic, held-out, pasted, "
-                        f"a folder, or NAME:PATH with NAME one of {', '.join(OOD_LAYOUTS)}")
-    layout, folders = OOD_LAYOUTS[name], [Path(f) for f in folders.split(os.pathsep) if f]
-    if missing := [str(folder) for folder in folders if not folder.is_dir()] or not folders:
-        which = missing[0] if folders else "was named"
-        raise DataError(f"--ood {spec}: no folder {which}; use {name}:PATH")
-    found = layout.find(folders)
-    images, masks, bases = found.values()
-    keys = sorted(images.keys() & masks.keys())
-    skipped = {"images without a mask": len(images) - len(keys),
-               "masks without an image": len(masks) - len(keys)}
-    if layout.bases:
-        base = {key: bases.get(key.partition("_")[2]) for key in keys}  # NNNN_ goes before its name
-        skipped["images without their photograph"] = sum(path is None for path in base.values())
-        keys = [key for key in keys if base[key]]
-    if not keys:
-        raise DataError(f"--ood {spec}: no image with a mask; needs images as {layout.images} and "
-                        f"masks as {layout.masks}" + f" and {layout.bases}" * bool(layout.bases))
-    files = [images[key] for key in keys]
-    photos, differences = ([base[key] for key in keys], files) if layout.bases else (files, [])
+        raise DataError(
+            f"--ood {spec}: no such set or folder; choose synthetic, held-out, pasted, a folder, "
+            f"or NAME:PATH with NAME one of {', '.join(OOD_LAYOUTS)}"
+        )
+    folders = [Path(path) for path in paths.split(os.pathsep) if path]
+    if not folders:
+        raise DataError(f"--ood {spec}: no folder was named; use {name}:PATH")
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(f"--ood {spec}: no folder {folder}; use {name}:PATH")
+    return open_anomalies(spec, name, folders, dataset.image_size)
+
+
+def open_anomalies(spec: str, name: str, folders: list[Path], image_size: Size | None) -> OODSet:
+    """The set `name` of `OOD_LAYOUTS`, whose files lie in one or several folders.
+
+    What lacks its other half is skipped and counted, never scored as all normal.
+    """
+    layout = OOD_LAYOUTS[name]
+    files = list_files(folders)
+    images = files_by_id(files, layout.images, "images")
+    masks = files_by_id(files, layout.masks, "masks")
+    ids = sorted(images.keys() & masks.keys())
+    skipped = {
+        "images without a mask": len(images) - len(ids),
+        "masks without an image": len(masks) - len(ids),
+    }
+    photographs = {}
+    if layout.photographs is not None:
+        every_photograph = files_by_id(files, layout.photographs, "photographs")
+        for image_id in ids:
+            photograph_id = image_id.partition("_")[2]  # without the number in front
+            if photograph_id in every_photograph:
+                photographs[image_id] = every_photograph[photograph_id]
+        skipped["images without their photograph"] = len(ids) - len(photographs)
+        ids = list(photographs)
+    if not ids:
+        raise DataError(f"--ood {spec}: no image with a mask; needs {layout.description}")
+
+    image_files = [images[image_id] for image_id in ids]
+    mask_files = [masks[image_id] for image_id in ids]
+    names = short_names(image_files)
     title = folders[0].resolve().name if name == "folder" else name
-    masks = [masks[key] for key in keys]
-    opened = AnomalyImages(
-        title, dataset.image_size, photos, masks, layout.values, differences
+    differences = []
+    if photographs:
+        differences = image_files
+        image_files = list(photographs.values())
+    anomalies = AnomalyImages(
+        title, layout.values, image_files, mask_files, differences, names, image_size
     )
-    void = ", ".join(str(raw) for raw, label in layout.values.items() if label == VOID)
-    protocol = {"source": " ".join(map(str, folders)), "void": f"masks {void}" if void else "none"}
-    protocol |= {"skipped": {reason: n for reason, n in skipped.items() if n}}
-    protocol |= {"published": layout.published} if layout.published else {}
-    return OODSet(title, opened, layout.smallest, protocol)
+
+    void = [str(value) for value, label in layout.values.items() if label == VOID]
+    protocol = {
+        "source": " ".join(str(folder) for folder in folders),
+        "void": f"masks {', '.join(void)}" if void else "none",
+        "skipped": {reason: count for reason, count in skipped.items() if count},
+    }
+    if layout.published is not None:
+        protocol["published"] = layout.published
+    return OODSet(title, anomalies, layout.smallest, protocol)
 
 
-def open_images(flag: str, folder: Path, image_size) -> AnomalyImages:
-    """The images of the folder, subfolders too, that `flag` names: without labels or anomalies."""
+def list_files(folders: list[Path]) -> list[tuple[Path, str]]:
+    """Every file in the folders and their subfolders, with its path below the folder."""
+    files = []
+    for folder in folders:
+        for directory, _, names in os.walk(folder, followlinks=True):
+            for name in names:
+                path = Path(directory, name)
+                files.append((path, path.relative_to(folder).as_posix()))
+    return files
+
+
+def files_by_id(files: list[tuple[Path, str]], pattern: re.Pattern, kind: str) -> dict[str, Path]:
+    """The files of `list_files` whose paths match the pattern, by its group `id`.
+
+    DataError where two share one; `kind` is what the message calls these files.
+    """
+    path_of_id = {}
+    for path, below in files:
+        match = pattern.fullmatch(below)
+        if match is None:
+            continue
+        image_id = match["id"]
+        other = path_of_id.setdefault(image_id, path)
+        if other != path:
+            raise DataError(
+                f"{other} and {path} are both the file of {image_id} among the {kind}; keep one of "
+                "them"
+            )
+    return path_of_id
+
+
+class AnomalyImages(SegmentationDataset):
+    """Images of any size with masks: 1 anomaly, 0 none, 255 void.
+
+    The network's input has the height of `image_size` and keeps an image's proportions. `values`
+    has the label of each raw value that a mask may hold. `differences` is empty, or has a file for
+    each image: then `images` are photographs, to which the differences are added.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        values: dict[int, int],
+        images: Sequence[Path],
+        masks: Sequence[Path],
+        differences: Sequence[Path],
+        names: list[str],
+        image_size: Size | None,
+    ):
+        super().__init__(name, {}, values, images, masks, names, image_size)
+        self.differences = differences
+
+    def input_size(self, image) -> Size:
+        return proportional_size(image, self.image_size)
+
+    def read(self, index: int) -> tuple[Image.Image, Image.Image]:
+        image, mask = super().read(index)
+        if self.differences:
+            image = add_difference(image, self.differences[index])
+        return image, mask
+
+
+class UnlabelledImages(SegmentationDataset):
+    """Images of any size without masks: every pixel is `VOID`.
+
+    The network's input has the height of `image_size` and keeps an image's proportions.
+    """
+
+    def __init__(self, name: str, images: Sequence[Path], image_size: Size | None):
+        super().__init__(
+            name,
+            classes={},
+            values={VOID: VOID},
+            images=images,
+            masks=[],
+            names=short_names(images),
+            image_size=image_size,
+        )
+
+    def input_size(self, image) -> Size:
+        return proportional_size(image, self.image_size)
+
+    def read(self, index: int) -> tuple[Image.Image, Image.Image]:
+        image = read_image(self.images[index])
+        return image, Image.new("L", image.size, VOID)
+
+
+def open_images(flag: str, folder: Path, image_size: Size | None) -> UnlabelledImages:
+    """The images of the folder that `flag` names, and of its subfolders."""
     images = [path for path in sorted(folder.rglob("*")) if is_image(path)]
     if not images:
         raise DataError(f"{flag} {folder}: no image is there; name a folder of images")
-    return AnomalyImages(flag.removeprefix("--"), image_size, images)
+    return UnlabelledImages(flag.removeprefix("--"), images, image_size)
+
+
+def add_difference(photograph: Image.Image, path: Path) -> Image.Image:
+    """The photograph plus the signed array `rgb` [H, W, 3] of an npz file."""
+    try:
+        with np.load(path) as file:
+            difference = file["rgb"]
+        if difference.shape != (photograph.height, photograph.width, 3):
+            size = (photograph.height, photograph.width)
+            raise ValueError(f"its shape is {difference.shape}, the photo's {size}")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"cannot read the overlay {path} ({error}); restore it") from error
+    pixels = np.asarray(photograph).astype(np.int32) + difference
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+PASTED_STREAM = 3  # of the draws of pasted objects, the same for every seed
+
+
+class EvaluationAnomalies(Dataset):
+    """The evaluation set with masks of anomalies: 0 normal, 1 anomaly, 255 void.
+
+    The anomalies are its held-out classes or, with `paste`, unknown objects that are pasted into
+    its images, the same for an index; what is held out is void then.
+    """
+
+    def __init__(self, dataset: SegmentationDataset, paste: bool):
+        self.dataset = dataset
+        self.names = dataset.names
+        self.paste = paste
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> EvalSample:
+        image, mask = self.dataset.read(index)
+        labels = self.dataset.to_labels(mask, index)
+        anomaly = np.where(labels < IGNORED, 0, VOID).astype(np.uint8)
+        if self.paste:
+            rng = np.random.default_rng([PASTED_STREAM, index])
+            pasted, objects = paste_unknowns(np.array(image), rng)
+            image = Image.fromarray(pasted)
+            anomaly[objects == 1] = 1
+        else:
+            anomaly[labels == IGNORED] = 1
+        pixels = to_input(image, self.dataset.image_size)
+        return EvalSample(pixels, torch.from_numpy(anomaly), index)
+
+
+# ------------------------------------------------------------------------------------- drawn scenes
+#
+# Street scenes that are drawn on the spot, so that everything runs with nothing downloaded, and the
+# unknown objects that are pasted into images. Nothing above needs to know how they are drawn.
+
+SYNTHETIC_SPLITS = {"train": 240, "val": 48, "ood": 48}  # images of each
+SYNTHETIC_SIZE = (96, 144)  # height, width
+
+
+class SyntheticScenes(SegmentationDataset):
+    """Drawn street scenes, the same for the same split and index; the masks of the split "ood" tell
+    unknown objects. DataError at a split that is not in `SYNTHETIC_SPLITS`."""
+
+    def __init__(self, split: str, image_size: Size | None = None):
+        if split not in SYNTHETIC_SPLITS:
+            raise DataError(f"the synthetic data set has no split {split!r}; choose train or val")
+        names = [f"{split}_{index:04d}" for index in range(SYNTHETIC_SPLITS[split])]
+        super().__init__("synthetic", CAMVID_CLASSES, None, [], [], names, image_size)
+        self.split = split
+        self.drawn = {}  # what was drawn once is kept
+
+    def largest_mask(self) -> Size:
+        return SYNTHETIC_SIZE
+
+    def read(self, index: int) -> tuple[Image.Image, Image.Image]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # what ends a loop over the data set
+        if index not in self.drawn:
+            split_number = list(SYNTHETIC_SPLITS).index(self.split)
+            rng = np.random.default_rng([split_number, index])
+            if self.split == "ood":
+                image, labels = draw_ood_scene(rng, SYNTHETIC_SIZE)
+            else:
+                image, labels = draw_scene(rng, SYNTHETIC_SIZE)
+            self.drawn[index] = (Image.fromarray(image), Image.fromarray(labels))
+        return self.drawn[index]
+
+
+SKY, BUILDING, POLE, ROAD, PAVEMENT, TREE, SIGN, FENCE, CAR, PEDESTRIAN, BICYCLIST = range(11)
+
+# Contrast of the grain of each class's surface.
+ROUGHNESS = (0.01, 0.05, 0.03, 0.06, 0.05, 0.16, 0.02, 0.05, 0.02, 0.04, 0.04)
+
+# The colours of each material. The last one of most looks like another material's: nothing is sure.
+TONES = {
+    "wall": "b05c46 cea068 debe96 be7854 cc8e7a 807e80",
+    "road": "4e5058 464850 585a62 7a7674",
+    "slab": "bab4ac aeaaa6 c4baac 807e80",
+    "leaf": "3e7c2c 4e8834 346c2a 608a30 3a4828",
+    "board": "dcd8cc ccd4d8 e4e0d0 8e5e32",
+    "metal": "262a2e 2e3234 202228 686a6c",
+    "coat": "2c54b0 b22228 246eaa d6d8de 42703e",
+    "shirt": "a03c98 c85cb0 8640b0 dcb0dc 3c5aa0",
+    "vest": "f6d628 fa961e ece83c b0b050",
+    "face": "d61e28 ce2224 1c4ac4 de282c f0c428",
+    "skin": "e0b496 b07e60 785440",
+    "jeans": "3c4468 344c60",
+    "glass": "283040 404c60",
+    "white": "f0f0f0",
+    "black": "1a1a1c",
+    "grey": "84868a",
+    "lamp": "e82a1e",
+    "hair": "604832",
+}
+
+
+class Weather(NamedTuple):
+    """The colours of the sky, and what the light does to red, green and blue."""
+
+    zenith: tuple[int, int, int]
+    skyline: tuple[int, int, int]  # also of the haze
+    light: tuple[float, float, float]
+
+
+WEATHERS = (
+    Weather(zenith=(84, 146, 222), skyline=(206, 226, 240), light=(1.05, 1.0, 0.95)),  # sunny
+    Weather(zenith=(176, 182, 190), skyline=(218, 220, 222), light=(0.9, 0.92, 0.95)),  # overcast
+    Weather(zenith=(120, 128, 184), skyline=(250, 196, 150), light=(0.96, 0.82, 0.74)),  # evening
+)
+WEATHER_WEIGHTS = (5, 4, 2)
+
+# What stands in the street and faces the camera, as parts from back to front: class (None keeps
+# the one that is there), material, and x, y, x, y, ... in centimetres. Two points are the corners
+# of an ellipse.
+SHADOW = (None, "black", -45, -7, 45, 7)
+POST = (POLE, "metal", -24, 0, -24, 230, 24, 230, 24, 0)
+LAMP_POST = [SHADOW, (POLE, "metal", -24, 0, -24, 600, 24, 600, 24, 0)]
+SIGN_POST = [
+    SHADOW,
+    POST,
+    (SIGN, "face", -54, 176, 54, 284),
+    (None, "white", -38, 221, -38, 241, 38, 241, 38, 221),
+]
+WARNING = [
+    SHADOW,
+    POST,
+    (SIGN, "face", -64, 190, 0, 300, 64, 190),
+    (None, "white", -30, 210, 0, 262, 30, 210),
+]
+MOTOR = [
+    (CAR, "black", -85, 0, -85, 40, 85, 40, 85, 0),
+    (CAR, "coat", -88, 25, -88, 95, -68, 150, 68, 150, 88, 95, 88, 25),
+    (None, "glass", -74, 98, -60, 142, 60, 142, 74, 98),
+    (None, "lamp", -84, 64, -58, 88),
+    (None, "lamp", 58, 64, 84, 88),
+    (None, "white", -24, 45, -24, 60, 24, 60, 24, 45),
+]
+WALKER = [
+    SHADOW,
+    (PEDESTRIAN, "jeans", -27, 92, 27, 92, 36, 0, 14, 0, 0, 60, -6, 0, -28, 0),
+    (PEDESTRIAN, "shirt", -24, 152, -50, 85, -36, 80, 36, 80, 50, 85, 24, 152),
+    (PEDESTRIAN, "hair", -18, 152, 18, 190),
+    (PEDESTRIAN, "skin", -13, 148, 17, 182),
+]
+RIDER = [
+    (BICYCLIST, "black", -94, 0, -14, 78),
+    (BICYCLIST, "black", 14, 0, 94, 78),
+    (None, "grey", -80, 13, -28, 65),
+    (None, "grey", 28, 13, 80, 65),
+    (BICYCLIST, "face", -60, 34, -22, 90, 38, 90, 60, 34, 46, 34, 24, 76, -14, 76, -44, 34),
+    (BICYCLIST, "jeans", -32, 100, 16, 84, -2, 20, 16, 20, 36, 92, -10, 116),
+    (BICYCLIST, "vest", -36, 95, -10, 154, 30, 150, 58, 110, 48, 102, 24, 122, 8, 95),
+    (BICYCLIST, "skin", 4, 148, 38, 184),
+    (BICYCLIST, "vest", -2, 166, 38, 192),
+]
+NOTHING = []
+
+EYE_HEIGHT = 1.4  # metres
+
+
+@dataclass
+class Scene:
+    """Camera and weather of one street, and the two pictures that are painted together.
+
+    Points are (x, y, z) in metres: x to the right of the camera, y above the ground, z ahead of it.
+    Each call paints over what is there; with the label None it leaves the labels as they are.
+    """
+
+    image: ImageDraw.ImageDraw
+    labels: ImageDraw.ImageDraw
+    focal_length: float  # pixels
+    vanishing_column: float  # pixels
+    horizon: float  # row, pixels
+    light: tuple[float, float, float]
+    fog: tuple[int, int, int]
+    haze: float  # how much of the fog a metre brings
+    shades: tuple[float, float]  # light on the walls to the left and to the right
+
+    def project(self, point: tuple[float, float, float]) -> tuple[float, float]:
+        """The column and the row of a point in the pictures."""
+        x, y, z = point
+        column = self.vanishing_column + self.focal_length * x / z
+        row = self.horizon + self.focal_length * (EYE_HEIGHT - y) / z
+        return column, row
+
+    def ink(self, rgb: Sequence[float], distance: float) -> tuple[int, ...]:
+        """A colour in the light of the scene, behind the haze of so many metres."""
+        clear = math.exp(-self.haze * distance)
+        ink = []
+        for value, light, fog in zip(rgb, self.light, self.fog, strict=True):
+            ink.append(int(value * clear * light + fog * (1 - clear)))
+        return tuple(ink)
+
+    def polygon(self, label: int | None, rgb: Sequence[float], corners: list[tuple]) -> None:
+        """A polygon, as hazy as its last corner is far."""
+        outline = [self.project(corner) for corner in corners]
+        self.image.polygon(outline, fill=self.ink(rgb, corners[-1][2]))
+        if label is not None:
+            self.labels.polygon(outline, fill=label)
+
+    def ellipse(self, label: int | None, rgb: Sequence[float], corners: list[tuple]) -> None:
+        """An ellipse that faces the camera, between two opposite corners."""
+        first_column, first_row = self.project(corners[0])
+        last_column, last_row = self.project(corners[1])
+        left, right = sorted((first_column, last_column))
+        top, bottom = sorted((first_row, last_row))
+        box = [left, top, right, bottom]
+        self.image.ellipse(box, fill=self.ink(rgb, corners[1][2]))
+        if label is not None:
+            self.labels.ellipse(box, fill=label)
+
+    def rectangle(self, label: int | None, rgb: Sequence[float], near: tuple, far: tuple) -> None:
+        """A rectangle along the street, upright or lying, between two opposite corners."""
+        near_x, near_y, near_z = near
+        far_x, far_y, far_z = far
+        corners = [near, (far_x, far_y, near_z), far, (near_x, near_y, far_z)]
+        self.polygon(label, rgb, corners)
+
+
+def draw_scene(rng: np.random.Generator, size: Size) -> tuple[np.ndarray, np.ndarray]:
+    """A street as (image uint8 [H, W, 3], labels uint8 [H, W], 0..10 and 255) for size (H, W).
+
+    What stands where, and its colours, are draws of Python's generator, seeded by `rng`; clouds,
+    grain and void are draws of `rng` itself.
+    """
+    street_rng = random.Random(int(rng.integers(2**62)))
+    height = 2 * size[0]  # drawn at twice the size: halving smooths the edges
+    width = 2 * size[1]
+    weather = street_rng.choices(WEATHERS, WEATHER_WEIGHTS)[0]
+    image = Image.new("RGB", (width, height))
+    label_image = Image.new("L", (width, height), SKY)
+    scene = Scene(
+        image=ImageDraw.Draw(image),
+        labels=ImageDraw.Draw(label_image),
+        focal_length=0.9 * height,
+        vanishing_column=width * street_rng.uniform(0.44, 0.56),
+        horizon=height * street_rng.uniform(0.42, 0.48),
+        light=weather.light,
+        fog=weather.skyline,
+        haze=street_rng.uniform(0.01, 0.03),
+        shades=street_rng.choice(((0.8, 1), (1, 0.8))),
+    )
+    sky = draw_sky(rng, weather)
+    image.paste(sky.resize((width, int(scene.horizon) + 2), Image.Resampling.BICUBIC))
+    draw_street(scene, street_rng)
+
+    labels = np.asarray(label_image)[::2, ::2].copy()
+    exposure = street_rng.uniform(0.85, 1.15)
+    sensor_noise = np.float32(street_rng.uniform(1.5, 4))
+    grain = smooth_noise(rng, size, size[0]) + smooth_noise(rng, size, size[0] // 4)
+    surface = 1 + np.float32(ROUGHNESS)[labels] * grain
+    pixels = np.asarray(image.reduce(2)) * (surface * exposure)[..., None]
+    pixels += sensor_noise * rng.standard_normal(pixels.shape, np.float32)
+    mark_void_borders(labels, rng)
+    return pixels.clip(0, 255).astype(np.uint8), labels
+
+
+def smooth_noise(rng: np.random.Generator, size: Size, cells: int) -> np.ndarray:
+    """Smooth noise [H, W] of about unit variance, `cells` grains high whatever the size."""
+    height, width = size
+    grid = rng.standard_normal((cells, cells * width // height), dtype=np.float32)
+    return np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def draw_sky(rng: np.random.Generator, weather: Weather) -> Image.Image:
+    """A small picture of the sky, from the zenith to the skyline, with clouds."""
+    clear = np.linspace(weather.zenith, weather.skyline, 12)[:, None]  # [12, 1, 3]
+    clouds = np.clip(0.4 * smooth_noise(rng, (12, 18), 6), 0, 1)[..., None]  # [12, 18, 1]
+    sky = clear + (244 - clear) * clouds
+    return Image.fromarray(sky.clip(0, 255).astype(np.uint8))
+
+
+def mark_void_borders(labels: np.ndarray, rng: np.random.Generator) -> None:
+    """Make stretches of the borders between classes void: nobody can tell who owns them."""
+    inner = labels[1:, 1:]
+    border = (inner != labels[:-1, 1:]) | (inner != labels[1:, :-1])
+    inner[border & (smooth_noise(rng, border.shape, 6) > -0.6)] = VOID
+
+
+def choose_tone(rng: random.Random, material: str) -> list[float]:
+    """A colour of the material, a little off."""
+    tone = bytes.fromhex(rng.choice(TONES[material].split()))
+    return [value * rng.uniform(0.93, 1.07) for value in tone]
+
+
+def draw_street(scene: Scene, rng: random.Random) -> None:
+    """The ground, both sides of the street, then what stands on it: far to near."""
+    half_width = rng.uniform(1.35, 1.65)  # of the road, metres
+    side = rng.uniform(2.8, 3.3)  # where the buildings are
+    draw_ground(scene, rng, half_width)
+    for near, far in ((13, 24), (7.5, 13), (1.3, 7.5)):
+        for x in (-side, side):
+            # Only the nearest plots may be gardens, and six in ten of them are.
+            if near > 2 or rng.random() < 0.4:
+                draw_building(scene, rng, x, near, far)
+            else:
+                draw_garden(scene, rng, x, near, far)
+
+    # Where things stand, in metres: nearest, farthest, inner, outer; and what may stand there.
+    lane = (3.0, 4.8, 0.6, 0.8, (MOTOR, MOTOR, RIDER, RIDER, NOTHING))
+    pavement = (2.6, 3.8, half_width + 0.4, half_width + 0.9, (WALKER, NOTHING))
+    signs = (SIGN_POST, SIGN_POST, WARNING, LAMP_POST, NOTHING, NOTHING)
+    kerb = (3.0, 4.6, half_width, half_width + 0.2, signs)
+    figures = []
+    for sign in (-1, 1):
+        for nearest, farthest, inner, outer, kinds in (lane, pavement, kerb):
+            z = rng.uniform(nearest, farthest)
+            x = sign * rng.uniform(inner, outer)
+            figures.append((z, x, rng.choice(kinds)))
+    figures.sort(key=lambda figure: -figure[0])
+    for z, x, parts in figures:
+        draw_figure(scene, rng, parts, x, z)
+
+
+def draw_ground(scene: Scene, rng: random.Random, half_width: float) -> None:
+    """Pavement and road with joints across and a broken line in the middle, piece by piece."""
+    slab = choose_tone(rng, "slab")
+    road = choose_tone(rng, "road")
+    joint = choose_tone(rng, "grey")
+    white = (220, 220, 214)
+    depths = (99, 30, 15, 9, 6, 4, 3, 2, 1)
+    for piece in range(len(depths) - 1):
+        far = depths[piece]
+        near = depths[piece + 1]
+        dash = 0.07 if piece % 2 else 0.0  # without a width it is still a thin line
+        for label, rgb, x, end in (
+            (PAVEMENT, slab, 60, far),
+            (None, joint, 60, near * 1.02),
+            (None, joint, half_width + 0.1, far),
+            (ROAD, road, half_width, far),
+            (None, white, dash, far),
+        ):
+            scene.rectangle(label, rgb, (-x, 0, near), (x, 0, end))
+
+
+def draw_building(scene: Scene, rng: random.Random, x: float, near: float, far: float) -> None:
+    """A house at the side of the street, from `near` to `far`, with rows of windows."""
+    wall = choose_tone(rng, "wall")
+    glass = choose_tone(rng, "glass")
+    height = rng.uniform(4.5, 8)
+    front = [(x, 0, near), (x, height, near), (5 * x, height, near), (5 * x, 0, near)]
+    scene.polygon(BUILDING, wall, front)
+    shade = scene.shades[1] if x > 0 else scene.shades[0]
+    shaded_wall = [shade * value for value in wall]
+    scene.rectangle(BUILDING, shaded_wall, (x, 0, near), (x, height, far))
+
+    columns = int((far - near) / (1.4 + near / 8))
+    for row in range(int(height / 2.1)):
+        for column in range(columns):
+            y = 0.7 + 2.1 * row
+            z = near + (column + 0.25) * (far - near) / columns
+            end = z + 0.5 * (far - near) / columns
+            scene.rectangle(None, glass, (x, y, z), (x, y + 1.1, end))
+
+
+def draw_garden(scene: Scene, rng: random.Random, x: float, near: float, far: float) -> None:
+    """Two trees behind a fence at the side of the street."""
+    second_tree = far - rng.uniform(2, 3)
+    for z in (far, second_tree):
+        trunk = x * rng.uniform(1.1, 1.6)
+        height = rng.uniform(2.6, 3.2)
+        draw_tree(scene, rng, trunk, height, z)
+
+    board = choose_tone(rng, "board")
+    height = rng.uniform(1.5, 2.0)
+    dark = [0.4 * value for value in board]
+    scene.rectangle(FENCE, dark, (x, 0, near), (x, height, far))
+    z = near
+    while z < far:
+        end = z + max(0.18, 0.022 * z * z)  # boards no finer than can be seen
+        rgb = [value * rng.uniform(0.9, 1.08) for value in board]
+        scene.rectangle(None, rgb, (x, 0, z), (x, height, end))
+        z = end + 0.5 * (end - z)
+
+
+def draw_tree(scene: Scene, rng: random.Random, x: float, height: float, z: float) -> None:
+    """A crown of nine round bunches of leaves around (x, height, z), the upper ones lighter."""
+    leaf = choose_tone(rng, "leaf")
+    for _ in range(9):
+        bunch_x = x + rng.gauss(0, 0.5)
+        above = rng.gauss(0, 0.4)
+        radius = rng.uniform(0.55, 0.85)
+        rgb = [value * min(1.6, 1 + 0.4 * above + rng.uniform(-0.2, 0.2)) for value in leaf]
+        lower = (bunch_x - radius, height + above - radius, z)
+        upper = (bunch_x + radius, height + above + radius, z)
+        scene.ellipse(TREE, rgb, [lower, upper])
+
+
+def draw_figure(scene: Scene, rng: random.Random, parts: list, x: float, z: float) -> None:
+    """What stands at (x, 0, z) and faces the camera, in tones and a size of its own."""
+    tones = {}
+    for _, material, *_ in parts:
+        tones[material] = choose_tone(rng, material)
+    scale = rng.uniform(0.0092, 0.0108)  # metres per centimetre
+    mirrored_scale = scale * rng.choice((-1, 1))
+    for label, material, *numbers in parts:
+        corners = []
+        for part_x, part_y in zip(numbers[::2], numbers[1::2], strict=True):
+            corners.append((x + mirrored_scale * part_x, scale * part_y, z))
+        if len(corners) == 2:
+            scene.ellipse(label, tones[material], corners)
+        else:
+            scene.polygon(label, tones[material], corners)
+
+
+INKS = ((10, 10, 20), (245, 245, 245), (20, 60, 230), (110, 20, 220))  # of unknown objects
+
+
+class Plane(NamedTuple):
+    """The coordinates of the pixels of an object, about -1..1; each is float [H, W]."""
+
+    x: np.ndarray  # to the right or to the left
+    y: np.ndarray  # downwards
+    radius: np.ndarray
+    angle: np.ndarray
+
+
+def draw_unknown(rng: np.random.Generator, height: float) -> tuple[np.ndarray, np.ndarray]:
+    """An object `height` pixels high: (rgb float [h, w, 3], alpha float [h, w]), both in [0, 1]."""
+    rows = 2 * max(6, int(height))  # drawn at twice the size: halving smooths the edges
+    turn = rng.uniform(0, np.pi)
+    count = rng.integers(4, 8)
+    line = np.linspace(-1.1, 1.1, rows) * rng.choice((-1, 1))
+    x, y = np.meshgrid(line, np.linspace(-1, 1, rows))
+    plane = Plane(x, y, np.hypot(x, y), np.arctan2(y, x))
+
+    distance = unknown_shape(rng, plane, count)
+    alpha = np.clip(0.5 - distance * rows / 4, 0, 1)
+    pattern = unknown_pattern(rng, plane, turn)[..., None]
+    inks = rng.permutation(INKS) / 255
+    shading = unknown_shading(plane)[..., None]
+    rgb = np.clip((inks[0] * pattern + inks[1] * (1 - pattern)) * shading, 0, 1)
+    return halve(rgb), halve(alpha[..., None])[..., 0]
+
+
+def unknown_shape(rng: np.random.Generator, plane: Plane, count: int) -> np.ndarray:
+    """The signed distance of each pixel from the outline of a random shape, negative inside.
+
+    `count` is how many lobes, rays or legs it has.
+    """
+    radius = plane.radius
+    angle = plane.angle
+    kind = rng.integers(4)
+    if kind == 0:  # a blob
+        lobes = 0.14 * np.sin(2 * angle + count)
+        return radius - 0.74 - lobes - 0.1 * np.sin((count - 1) * angle - count)
+    if kind == 1:  # a star
+        return radius - 0.45 - 0.5 * np.abs(np.cos(count * angle / 2))
+    if kind == 2:  # a ring
+        return np.abs(radius - 0.64) - 0.34
+    return creature(plane, count)
+
+
+def creature(plane: Plane, legs: int) -> np.ndarray:
+    """The signed distance from a trunk, a neck and so many legs: lines of some thickness."""
+    trunk = (-0.5, 0, 1, 0, 0.36)  # x, y, length in x, length in y, thickness
+    neck = (0.5, 0, 0.25, -0.8, 0.18)
+    limbs = [trunk, neck]
+    for x in np.linspace(-0.6, 0.6, legs):
+        limbs.append((x, 0, 0.2 * x, 0.88, 0.13))
+
+    distance = np.full(plane.x.shape, 9.0)
+    for x, y, length_x, length_y, thickness in limbs:
+        along = (plane.x - x) * length_x + (plane.y - y) * length_y
+        along = np.clip(along / (length_x * length_x + length_y * length_y), 0, 1)
+        aside = np.hypot(plane.x - x - along * length_x, plane.y - y - along * length_y)
+        distance = np.minimum(distance, aside - thickness)
+    return distance
+
+
+def unknown_pattern(rng: np.random.Generator, plane: Plane, turn: float) -> np.ndarray:
+    """How much of the first ink each pixel has, in 0..1: a random pattern, turned by an angle."""
+    p = 2.4 * (plane.x * np.cos(turn) + plane.y * np.sin(turn))
+    q = 2.4 * (plane.y * np.cos(turn) - plane.x * np.sin(turn))
+    kind = rng.integers(5)
+    if kind == 0:  # checks
+        pattern = (np.floor(p) + np.floor(q)) % 2
+    elif kind == 1:  # dots
+        pattern = 4 * np.hypot(p % 1 - 0.5, q % 1 - 0.5) - 1
+    elif kind == 2:  # stripes of a zebra
+        pattern = 0.5 + 3 * np.sin(5 * p + np.sin(2 * q))
+    elif kind == 3:  # a spiral
+        pattern = 0.5 + 3 * np.sin(3 * plane.angle + 9 * plane.radius)
+    else:  # plasma
+        pattern = 0.5 + 0.6 * np.sin(2 * p + 2 * np.sin(2 * q) + 3 * plane.radius)
+    return pattern.clip(0, 1)
+
+
+def unknown_shading(plane: Plane) -> np.ndarray:
+    """The light on each pixel, as on a ball that is lit from above."""
+    ball = np.sqrt(np.clip(1 - plane.radius**2 / 2, 0, 1))
+    return 0.7 + 0.3 * ball - 0.15 * plane.y
+
+
+def halve(values: np.ndarray) -> np.ndarray:
+    """[2H, 2W, C] to [H, W, C], the means of 2 x 2 pixels."""
+    rows, columns, channels = values.shape
+    return values.reshape(rows // 2, 2, columns // 2, 2, channels).mean((1, 3))
+
+
+def paste_unknowns(
+    image: np.ndarray, rng: np.random.Generator, horizon: float = 0.45
+) -> tuple[np.ndarray, np.ndarray]:
+    """One to three unknown objects in a street image, uint8 [H, W, 3]: (image, mask uint8 [H, W]).
+
+    The mask is 1 on them. `horizon` is a fraction of the height, from the top. Size, light and
+    grain follow the image. An image less than 16 pixels high or wide has no room for an object.
+    """
+    height, width = image.shape[:2]
+    mask = np.zeros((height, width), np.uint8)
+    if min(height, width) < 16:
+        return image.astype(np.uint8), mask
+    pixels = image.astype(np.float32)
+    street = pixels[int(horizon * height) :: max(1, height // 64), :: max(1, width // 64)]
+    dark, bright = np.percentile(street.reshape(-1, 3), (2, 99), axis=0)
+    differences = np.abs(np.diff(pixels[height // 3 : height // 2], axis=1))
+    noise = min(4.0, float(np.median(differences)))
+
+    count = rng.integers(1, 4)
+    drops = rng.uniform(0.25, 0.85, count) * (1 - horizon)  # of the feet below the horizon
+    for drop in np.sort(drops):  # far first
+        foot = int((horizon + drop) * height)
+        # An eye at 1.4 m sees m metres m / 1.4 times as high as their foot is below the horizon.
+        side = np.clip(drop * rng.uniform(1.2, 1.8), 0.3, 0.65) * height
+        side = max(6, int(min(side, foot, width)))
+        rgb, alpha = draw_unknown(rng, side)
+        left = int(rng.uniform(0, width - side))
+        lowest = np.flatnonzero(alpha.max(1) > 0.5)[-1]
+        alpha = np.roll(alpha, side - 1 - lowest, axis=0)  # it stands on the ground
+
+        cast_shadow(pixels, left, foot, side)
+        rgb = dark + rgb * (bright - dark) + rng.normal(0, noise, rgb.shape)
+        rows = slice(foot - side, foot)
+        columns = slice(left, left + side)
+        pixels[rows, columns] += alpha[..., None] * (rgb - pixels[rows, columns])
+        mask[rows, columns] |= alpha > 0.5
+    return (pixels + 0.5).clip(0, 255).astype(np.uint8), mask
+
+
+def cast_shadow(pixels: np.ndarray, left: int, foot: int, side: int) -> None:
+    """Darken the ground around the foot of an object that is `side` pixels wide."""
+    height, width = pixels.shape[:2]
+    y, x = np.mgrid[:height, :width]
+    distance = ((x - left - side / 2) ** 2 + 16 * (y - foot) ** 2) / side**2
+    pixels *= 1 - 0.45 * np.exp(-8 * distance)[..., None]
+
+
+def draw_ood_scene(rng: np.random.Generator, size: Size) -> tuple[np.ndarray, np.ndarray]:
+    """A scene with unknown objects: (image, mask uint8 [H, W]), 1 on them, 255 where it is void."""
+    image, labels = draw_scene(rng, size)
+    image, mask = paste_unknowns(image, rng)
+    mask[(labels == VOID) & (mask == 0)] = VOID
+    return image, mask

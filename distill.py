@@ -9,9 +9,19 @@ The student learns (Landgraf et al. 2024, doi 10.1007/s41064-024-00280-4)
     RMSLE = sqrt( mean( (log(1 + u_student) - log(1 + u_teacher))^2 ) )
 
 from the labels and from the teacher's standard deviation u (model.py) on the very view that it
-sees itself: --targets std. With several, which is the default, the RMSLE is the mean of theirs;
-with --distill-probs V the cross-entropy is
-(cross_entropy + V * KL(teacher's mean probabilities || student's)) / (1 + V).
+sees itself: --targets std. With several targets, which is the default, the RMSLE is the
+mean of theirs. With --distill-probs V the cross-entropy is
+
+    (cross_entropy + V * KL(teacher's mean probabilities || student's)) / (1 + V)
+
+The loop, the loaders and the checkpoints are those of train_ensemble.py.
+
+Outline:
+    loss                distillation_loss and its terms
+    teacher targets     TeacherTargets: one pass of the teacher, or what is stored of it
+    stored targets      TargetCache: the file that keeps them
+    the student         views, targets, training
+    command line        main and the flags
 """
 
 import argparse
@@ -22,7 +32,9 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,141 +42,291 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 import data
-import train_ensemble as training
 from data import IGNORED, Sample
-from evaluate import (
-    Parser,
+from evaluate import Parser, non_negative, run_main, validate
+from metrics import MEASURES, ensemble_measures
+from model import (
+    BACKBONES,
+    Ensemble,
     UsageError,
     autocast,
+    get_world_size,
+    is_first_process,
+    load_ensemble,
     locked,
-    run,
-    teacher_scores,
-    unit,
-    validate,
+    member_files,
+    process_group,
+    save_atomically,
 )
-from model import BACKBONES, MAX_STD, Ensemble, load_ensemble, member_files, save_atomically
-from train_ensemble import RECIPES, cross_entropy, fit, sum_over_processes
+from train_ensemble import (
+    RECIPES,
+    UNFINISHED,
+    TrainingFlags,
+    add_training_flags,
+    build_config,
+    build_loaders,
+    build_network,
+    build_optimizer,
+    cross_entropy,
+    fit,
+    open_splits,
+    random_stream,
+    refuse_other_command,
+    remove_files,
+    report_finished,
+    resolve_flags,
+    save_checkpoint,
+    select_training_flags,
+    sum_over_processes,
+    wait_for_group,
+)
 
-# what the student can learn of the teacher, and what it ends at (entropies: divided by log C)
-LARGEST = {"std": MAX_STD, "entropy": 1.0, "mutual_information": 1.0, "msp": 1.0}
-MISSING = 255  # in the target cache; values are 0..254
-VALIDATION = 2**31  # in the place of a view's number
-INHERITED = (
-    "dataset", "data", "split", "backbone", "weights", "image_size", "crop_size", "hold_out",
-    "epochs", "batch_size", "lr", "head_lr_mult", "weight_decay", "warmup", "scale",
-)  # fmt: skip
+# What a student learns unless --targets says otherwise; a measure that is added to
+# `metrics.MEASURES` is learned where it is asked for.
+DEFAULT_TARGETS = ("std", "entropy", "mutual_information", "msp")
+
+# --------------------------------------------------------------------------------------------- loss
 
 
-# ------------------------------------------------------------------------------ loss
+class LossWeights(NamedTuple):
+    """How the terms of the student's loss are weighed; --help has what each is for."""
+
+    uncertainty: float  # of the RMSLE, against 1 of the segmentation
+    probs: float  # of the KL divergence, against 1 of the cross-entropy
+
+
+def distillation_loss(
+    model: nn.Module,
+    batch: Sample,
+    targets: "TeacherTargets",
+    weights: LossWeights,
+    has_unlabelled: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The student's loss of a batch, and its terms for the log.
+
+    Void pixels (255) have no label, but the teacher has an uncertainty there: they enter the
+    RMSLE alone. Padding and held-out classes (254) enter nothing. has_unlabelled: the batch
+    was made by `data.PairedViews`, and the images without labels enter the RMSLE alone.
+    """
+    labelled = batch
+    if has_unlabelled:
+        labelled, unlabelled = data.split_pairs(batch)
+
+    # ---- segmentation
+    target = targets.for_batch(labelled)
+    logits, uncertainty = model(labelled.images)
+    valid = labelled.labels != IGNORED  # [B, H, W]
+    ce = cross_entropy(logits, labelled.labels)
+    segmentation_loss = ce
+    logs = {"ce": ce}
+    if weights.probs > 0:
+        kl = kl_divergence(logits, target.probs, valid)
+        # A weighted mean, so that the loss keeps its scale and the learning rate fits.
+        segmentation_loss = (ce + weights.probs * kl) / (1 + weights.probs)
+        logs["kl"] = kl
+
+    # ---- uncertainty, which images without labels have too
+    target_uncertainty = target.uncertainty
+    if has_unlabelled:
+        with frozen_statistics(model):
+            unlabelled_uncertainty = model(unlabelled.images).uncertainty
+        unlabelled_target = targets.for_batch(unlabelled).uncertainty
+        uncertainty = torch.cat([uncertainty, unlabelled_uncertainty])
+        target_uncertainty = torch.cat([target_uncertainty, unlabelled_target])
+        valid = torch.cat([valid, unlabelled.labels != IGNORED])
+    terms = []
+    for channel in range(uncertainty.shape[1]):
+        terms.append(rmsle(uncertainty[:, channel], target_uncertainty[:, channel], valid))
+    uncertainty_loss = torch.stack(terms).mean()
+    logs["rmsle"] = uncertainty_loss
+    return segmentation_loss + weights.uncertainty * uncertainty_loss, logs
 
 
 def rmsle(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
     """Root mean squared logarithmic error over the valid pixels, float32.
 
-    student, teacher [B, H, W] in [0, 1]; valid bool [B, H, W]. The epsilon keeps the root's
-    gradient finite at 0, and makes 1e-6 of no pixels.
+    student, teacher [B, H, W] in [0, 1]; valid bool [B, H, W]. The epsilon keeps the
+    root's gradient finite at 0. Without a valid pixel the result is 1e-6.
     """
     difference = torch.log1p(student.float()) - torch.log1p(teacher.float())
-    return (mean_of(difference.square(), valid) + 1e-12).sqrt()
+    return (masked_mean(difference.square(), valid) + 1e-12).sqrt()
 
 
-def divergence(logits: Tensor, probs: Tensor, valid: Tensor) -> Tensor:
-    """KL(probs || softmax(logits)) in nats, mean over the valid pixels; [B, C, H, W] both."""
+def kl_divergence(logits: Tensor, probs: Tensor, valid: Tensor) -> Tensor:
+    """KL(probs || softmax(logits)) in nats, mean over the valid pixels.
+
+    logits, probs [B, C, H, W]; valid bool [B, H, W].
+    """
     probs = probs / probs.sum(dim=1, keepdim=True)  # stored ones are rounded
     terms = torch.xlogy(probs, probs) - probs * logits.float().log_softmax(dim=1)
-    return mean_of(terms.sum(dim=1), valid)
+    return masked_mean(terms.sum(dim=1), valid)
 
 
-def mean_of(values: Tensor, valid: Tensor) -> Tensor:
-    """Over the valid pixels of all processes, 0 where there are none."""
-    total, count = map(sum_over_processes, ((values * valid).sum(), valid.sum()))
+def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
+    """The mean of the valid values of all processes, 0 where there are none."""
+    total = sum_over_processes((values * valid).sum())
+    count = sum_over_processes(valid.sum())
     return total / count.clamp(min=1)
 
 
-def distillation_loss(target_of, targets: list[str], weight: float, probs_weight=0.0, paired=False):
-    """The student's `loss_fn` for `train_ensemble.fit`; target_of(batch) as `teacher_target`.
-    paired: the second half of a batch is for the uncertainty alone (`data.PairedViews`)."""
-
-    def loss_fn(network: nn.Module, batch: Sample) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch, and its terms for the log."""
-        labelled, *rest = (Sample(*(field.chunk(1 + paired)[part] for field in batch))
-                           for part in range(1 + paired))  # fmt: skip
-        target = target_of(labelled)  # [B, T (+ C), H, W]
-        logits, uncertainty = network(labelled.images)
-        # void pixels have a target, padding and held-out classes do not
-        valid = labelled.labels != IGNORED
-        logs = {"ce": cross_entropy(logits, labelled.labels)}
-        if probs_weight:
-            logs["kl"] = divergence(logits, target[:, len(targets) :], valid)
-        for others in rest:
-            with frozen_statistics(network):
-                uncertainty = torch.cat([uncertainty, network(others.images).uncertainty])
-            target = torch.cat([target, target_of(others)])
-            valid = torch.cat([valid, others.labels != IGNORED])
-        terms = [rmsle(uncertainty[:, t], target[:, t], valid) for t in range(len(targets))]
-        # means, not sums: what is learned besides asks for no other learning rate
-        logs["rmsle"] = torch.stack(terms).mean()
-        segmentation = (logs["ce"] + probs_weight * logs.get("kl", 0)) / (1 + probs_weight)
-        return segmentation + weight * logs["rmsle"], logs
-
-    return loss_fn
-
-
 @contextlib.contextmanager
-def frozen_statistics(network: nn.Module):
+def frozen_statistics(network: nn.Module) -> Iterator[None]:
     """Batch norm as in evaluation: images that are unlike the training set do not change it."""
-    layers = [layer for layer in network.modules()
-              if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training]  # fmt: skip
-    for layer in layers:
-        layer.eval()
-    yield
-    for layer in layers:
-        layer.train()
+    layers = []
+    for layer in network.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
+            layers.append(layer)
+    try:
+        for layer in layers:
+            layer.eval()
+        yield
+    finally:
+        for layer in layers:
+            layer.train()
 
 
-# ------------------------------------------------------------------------------ targets
+# ---------------------------------------------------------------------------------- teacher targets
+
+VALIDATION = 2**31  # stands for the view's number in the seed of MC dropout
 
 
-def teacher_maps(teacher: Ensemble, targets: list[str], amp: str, with_probs=False):
-    """A function of images [B, 3, h, w], a size (H, W) and a key of integers, which returns what
-    the student learns: float32 [B, T, H, W] in [0, 1], entropies divided by log C; with_probs
-    appends the mean probabilities, C channels. The key tells the draws of MC dropout apart."""
+class Target(NamedTuple):
+    """What a student learns of its teacher, for a batch."""
 
-    def maps(images: Tensor, size: tuple[int, int], key: list[int]) -> Tensor:
-        with dropout_of(teacher, key, images), torch.inference_mode(), autocast(images.device, amp):
-            prediction = teacher(images, size, "mutual_information" in targets)
-            probs, scores = prediction.probs, teacher_scores(prediction, targets)
-            classes = probs.shape[1]
-            channels = torch.stack([u / unit(name, classes) for name, u in scores.items()], dim=1)
-            found = torch.cat([channels, probs], dim=1) if with_probs else channels
-        return found.clone()  # out of inference mode: autograd may keep it
+    uncertainty: Tensor  # float32 [B, T, H, W] in [0, 1]; entropies are divided by log C
+    probs: Tensor | None  # float32 [B, C, H, W], with --distill-probs
 
-    return maps
+
+class TargetKey(NamedTuple):
+    """Which targets of a cache are meant."""
+
+    view: Tensor  # [B]
+    index: Tensor  # [B], of the images
+    size: tuple[int, int] | None = None  # (H, W), where the cache has room for larger ones
+
+
+class TeacherTargets:
+    """What the student learns of its teacher, for training batches and validation images.
+
+    measures: names from `metrics.MEASURES`, a channel each. with_probs: the teacher's mean
+    probabilities are learned too. train_cache, val_cache: where the targets of training views
+    and of validation images are kept; without one they are computed each time.
+    """
+
+    def __init__(
+        self,
+        teacher: Ensemble,
+        measures: list[str],
+        with_probs: bool,
+        amp: str,
+        train_cache: "TargetCache | None" = None,
+        val_cache: "TargetCache | None" = None,
+    ):
+        self.teacher = teacher
+        self.measures = measures
+        self.with_probs = with_probs
+        self.amp = amp
+        self.train_cache = train_cache
+        self.val_cache = val_cache
+
+    def for_batch(self, batch: Sample) -> Target:
+        """The target of a training batch.
+
+        The teacher always sees the view as it is before its flip, and its target is flipped
+        with the view: so a stored target serves both.
+        """
+        flip = batch.flip.to(batch.images.device, non_blocking=True)[:, None, None, None]
+        if self.train_cache is None:
+            values = self.run_on_unflipped(batch, flip)
+        else:
+            key = TargetKey(batch.view, batch.index)
+            stored = self.train_cache.read(key)
+            if is_incomplete(stored):
+                fresh = self.run_on_unflipped(batch, flip)
+                stored = self.train_cache.complete(key, stored, fresh)
+            values = self.train_cache.dequantise(stored)
+        values = torch.where(flip, values.flip(-1), values)  # [B, T, H, W] or [B, T + C, H, W]
+
+        uncertainty = values[:, : len(self.measures)]
+        probs = values[:, len(self.measures) :] if self.with_probs else None
+        return Target(uncertainty, probs)
+
+    def run_on_unflipped(self, batch: Sample, flip: Tensor) -> Tensor:
+        """The teacher's channels for a batch's views as they were before their flip."""
+        images = torch.where(flip, batch.images.flip(-1), batch.images)
+        dropout_key = [int(batch.view[0]), int(batch.index[0])]
+        size = images.shape[-2:]
+        return self.run_teacher(images, size, dropout_key, self.measures, self.with_probs)
+
+    def for_validation(self, images: Tensor, size: tuple[int, int], index: Tensor) -> Tensor:
+        """The first measure, float32 [B, H, W], of validation images `index` at `size` (H, W)."""
+        first_measure = self.measures[:1]
+        dropout_key = [VALIDATION, int(index[0])]
+        if self.val_cache is None:
+            return self.run_teacher(images, size, dropout_key, first_measure)[:, 0]
+        key = TargetKey(torch.zeros_like(index), index, size)
+        stored = self.val_cache.read(key)
+        if is_incomplete(stored):
+            # uncompiled: every size of image would be compiled anew
+            with torch.compiler.set_stance("force_eager"):
+                fresh = self.run_teacher(images, size, dropout_key, first_measure)
+            stored = self.val_cache.complete(key, stored, fresh)
+        return self.val_cache.dequantise(stored)[:, 0]
+
+    def run_teacher(
+        self,
+        images: Tensor,
+        size: tuple[int, int],
+        dropout_key: list[int],
+        measures: list[str],
+        with_probs: bool = False,
+    ) -> Tensor:
+        """One pass of the teacher: float32 [B, T, H, W], or [B, T + C, H, W] with probabilities.
+
+        dropout_key: integers that seed the draws of MC dropout.
+        """
+        with_entropy = any(MEASURES[name].needs_expected_entropy for name in measures)
+        with (
+            dropout_of(self.teacher, dropout_key, images),
+            torch.inference_mode(),
+            autocast(images.device, self.amp),
+        ):
+            prediction = self.teacher(images, size, with_entropy)
+            num_classes = prediction.probs.shape[1]
+            channels = []
+            for name, values in ensemble_measures(prediction, measures).items():
+                channels.append(values / MEASURES[name].scale(num_classes))
+            values = torch.stack(channels, dim=1)
+            if with_probs:
+                values = torch.cat([values, prediction.probs], dim=1)
+        return values.clone()  # out of inference mode: autograd may keep it
 
 
 @contextlib.contextmanager
-def dropout_of(teacher: Ensemble, key: list[int], images: Tensor):
-    """MC dropout drawn from a stream of its own, not from the student's: a resumed run, which finds
-    more targets stored, draws the same for the student."""
-    if not teacher.mc_samples:
+def dropout_of(teacher: Ensemble, key: list[int], images: Tensor) -> Iterator[None]:
+    """MC dropout drawn from a random stream of its own, seeded by `key`.
+
+    A resumed run finds more targets stored, and so calls the teacher less often; the
+    student's own dropout must not depend on that.
+    """
+    if teacher.mc_samples == 0:
         yield
         return
-    with torch.random.fork_rng([images.device] if images.is_cuda else []):
-        seed = np.random.SeedSequence([torch.initial_seed(), *key])
-        torch.manual_seed(int(seed.generate_state(1)[0]))
+    devices = [images.device] if images.is_cuda else []
+    with torch.random.fork_rng(devices):
+        sequence = np.random.SeedSequence([torch.initial_seed(), *key])
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
         yield
 
 
-def teacher_target(maps, batch: Sample, cache: "TargetCache | None" = None) -> Tensor:
-    """`maps` of a batch's unflipped views, stored ones where there is a cache, flipped with it."""
-    flip = batch.flip.to(batch.images.device, non_blocking=True)[:, None, None, None]
+# ----------------------------------------------------------------------------------- stored targets
 
-    def compute() -> Tensor:
-        images = torch.where(flip, batch.images.flip(-1), batch.images)
-        return maps(images, images.shape[-2:], [int(batch.view[0]), int(batch.index[0])])
+MISSING = 255  # in a target cache, whose values are 0..254
 
-    target = cache.look_up(batch.view, batch.index, compute) if cache else compute()
-    return torch.where(flip, target.flip(-1), target)
+
+def is_incomplete(stored: np.ndarray) -> bool:
+    """Whether a target of these was never computed."""
+    return bool((stored == MISSING).any())
 
 
 def quantise(values: Tensor, largest: Tensor) -> Tensor:
@@ -173,163 +335,341 @@ def quantise(values: Tensor, largest: Tensor) -> Tensor:
 
 
 def dequantise(stored: Tensor, largest: Tensor) -> Tensor:
+    """The values in [0, largest] that the uint8 numbers of `quantise` stand for."""
     return largest * (stored.float() / 254).square()
 
 
 class TargetCache:
-    """The teacher's quantised maps of every view, uint8 [K, N, T, H, W], memory-mapped from the
-    disk. largest: what each channel ends at, [T, 1, 1].
+    """The teacher's quantised targets of every view, uint8 [K, N, T, H, W], mapped from the disk.
 
     A target is stored when its view is first met. Single bytes cannot tear and are the same
     whenever they are computed: a run that was killed leaves a valid, if incomplete, cache.
+
+    path: an .npy file; the .json beside it holds `identity`, all that the targets
+    depend on, and a file with another identity is made anew. largest: what each channel
+    ends at, [T, 1, 1], on the device where targets are used. Raises UsageError where
+    the disk is too small.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...], largest: Tensor, key: dict):
-        described = path.with_suffix(".json")
-        key, self.largest = json.loads(json.dumps(key | {"shape": shape})), largest
-        size = math.prod(shape) / 1e6
-        print(f"teacher targets: {shape[0]} x {shape[1]} images, {size:,.1f} MB in {path}")
-        if not (path.exists() and described.exists() and json.loads(described.read_text()) == key):
-            described.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-            if size > (free := shutil.disk_usage(path.parent).free / 1e6):
-                raise UsageError(f"{path} takes {size:,.0f} MB, but the disk has {free:,.0f} MB; "
-                                 "use fewer --views or another --out")  # fmt: skip
-            offset = np.lib.format.open_memmap(path, "w+", np.uint8, shape).offset
-            with open(path, "r+b") as file:  # full disk: an OSError here, a SIGBUS in the mapping
-                file.seek(offset)
-                for _ in range(shape[0] * shape[1]):
-                    file.write(bytes([MISSING]) * math.prod(shape[2:]))
-                file.flush()
-                os.fsync(file.fileno())  # before the description says that it is whole
-            save_atomically(described, json.dumps(key))
+    def __init__(self, path: Path, shape: tuple[int, ...], largest: Tensor, identity: dict):
+        self.largest = largest
+        megabytes = math.prod(shape) / 1e6
+        print(f"teacher targets: {shape[0]} x {shape[1]} images, {megabytes:,.1f} MB in {path}")
+        identity = json.loads(json.dumps(identity | {"shape": shape}))
+        if not self.is_current(path, identity):
+            self.create_empty(path, shape, identity)
         self.targets = np.lib.format.open_memmap(path, "r+")
 
-    def look_up(self, view: Tensor, index: Tensor, compute, size=None) -> Tensor:
-        """float32 [B, T, H, W] of images `index`; compute() is asked for them if some are missing.
+    @staticmethod
+    def is_current(path: Path, identity: dict) -> bool:
+        """Whether `path` was made, as a whole, for the same targets."""
+        description = path.with_suffix(".json")
+        if not (path.exists() and description.exists()):
+            return False
+        return json.loads(description.read_text()) == identity
 
-        What is learned from is what is stored, also when it was computed this moment. size: (H, W)
-        of the maps where the cache has room for larger ones.
+    @staticmethod
+    def create_empty(path: Path, shape: tuple[int, ...], identity: dict) -> None:
+        """Write a file in which every target is missing, and last the description beside it."""
+        description = path.with_suffix(".json")
+        description.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        needed = math.prod(shape) / 1e6
+        free = shutil.disk_usage(path.parent).free / 1e6
+        if needed > free:
+            raise UsageError(
+                f"{path} takes {needed:,.0f} MB, but the disk has {free:,.0f} MB; use fewer "
+                "--views or another --out"
+            )
+        offset = np.lib.format.open_memmap(path, "w+", np.uint8, shape).offset
+        image = bytes([MISSING]) * math.prod(shape[2:])
+        # written, not mapped: a full disk is an OSError here, a SIGBUS in the mapping
+        with open(path, "r+b") as file:
+            file.seek(offset)
+            for _ in range(shape[0] * shape[1]):
+                file.write(image)
+            file.flush()
+            os.fsync(file.fileno())  # before the description says that it is whole
+        save_atomically(description, json.dumps(identity))
+
+    def read(self, key: TargetKey) -> np.ndarray:
+        """What is stored of those targets: uint8 [B, T, H, W]."""
+        height, width = key.size or self.targets.shape[-2:]
+        stored = self.targets[key.view.cpu().numpy(), key.index.cpu().numpy()]
+        return stored[..., :height, :width]
+
+    def complete(self, key: TargetKey, stored: np.ndarray, values: Tensor) -> np.ndarray:
+        """Store of `values` [B, T, H, W] what is missing in `stored`; what is stored then.
+
+        What is learned from is always what is stored, also when it was computed this
+        moment: a run that is resumed sees the same. Raises UsageError where a value is
+        not finite.
         """
-        height, width = size or self.targets.shape[-2:]
-        place = view.cpu().numpy(), index.cpu().numpy()
-        stored = self.targets[place][..., :height, :width]
-        if (stored == MISSING).any():
-            if not (values := compute()).isfinite().all():
-                raise UsageError("the teacher's uncertainty is not finite; check its checkpoints, "
-                                 "or use --amp off")  # fmt: skip
-            fresh = quantise(values, self.largest).cpu().numpy()
-            stored = np.where(stored == MISSING, fresh, stored)
-            for v, i, one in zip(*place, stored, strict=True):
-                self.targets[v, i, :, :height, :width] = one
-            stored = self.targets[place][..., :height, :width]  # an image may be there twice
+        if not values.isfinite().all():
+            raise UsageError(
+                "the teacher's uncertainty is not finite; check its checkpoints, or use --amp off"
+            )
+        fresh = quantise(values, self.largest).cpu().numpy()
+        completed = np.where(stored == MISSING, fresh, stored)
+        height, width = completed.shape[-2:]
+        for index_in_batch, target in enumerate(completed):
+            view = key.view[index_in_batch]
+            image = key.index[index_in_batch]
+            self.targets[view, image, :, :height, :width] = target
+        # Read again: an image that is in the batch twice was stored twice, and the last counts.
+        return self.read(key)
+
+    def dequantise(self, stored: np.ndarray) -> Tensor:
+        """The values that `stored` [B, T, H, W] stands for, float32, on the device."""
         stored = torch.from_numpy(stored)
-        stored = stored.pin_memory() if self.largest.is_cuda else stored
+        if self.largest.is_cuda:
+            stored = stored.pin_memory()
         return dequantise(stored.to(self.largest.device, non_blocking=True), self.largest)
 
 
-# ------------------------------------------------------------------------------ command line
-
-
-def inherit(args: argparse.Namespace, checkpoint: dict) -> None:
-    """What the command leaves open is as the teacher was trained."""
-    trained = checkpoint["args"]
-    if args.epochs is None:
-        args.epochs = int(RECIPES[trained["dataset"]]["student"] * trained["epochs"])
-    # another data set has its files elsewhere, another size of image has another crop
-    unfit = {key for key, given in (("data", "dataset"), ("crop_size", "image_size"))
-             if getattr(args, given) not in (None, trained[given])}  # fmt: skip
-    for key in INHERITED:
-        if getattr(args, key) is None and key not in unfit:
-            value = trained.get(key)
-            setattr(args, key, Path(value) if key == "data" and value else value)
-
-
-def open_cache(path: Path, shape: tuple[int, ...], largest: list[float], identity: dict, device):
-    """A `TargetCache` that the first process of a group makes, then the others open it."""
-    rank, world = data.rank_and_world()
-    if rank:
+def open_cache(
+    path: Path, shape: tuple[int, ...], largest: list[float], identity: dict, device: torch.device
+) -> TargetCache:
+    """A `TargetCache` that the first process of a group makes; then the others open it."""
+    if not is_first_process():
         dist.barrier()
     cache = TargetCache(path, shape, torch.tensor(largest, device=device)[:, None, None], identity)
-    if world > 1 and rank == 0:
+    if is_first_process() and get_world_size() > 1:
         dist.barrier()
     return cache
 
 
-def open_targets(args: argparse.Namespace, path: Path, teacher: Ensemble, views, val_set):
-    """Two functions: the teacher's maps of a training batch, and of validation images.
-
-    Both are kept beside `path`, those of training views only with --views; what the stored values
-    depend on is the caches' identity.
-    """
-    identity = {"stream": views.stream, "jitter": views.jitter, "indices": views.indices()}
-    for name in ("teacher_identity", "mc_samples", "dataset", "split", "image_size", "scale", "amp",
-                 "batch_size", "targets", "distill_probs", "strong_views"):  # fmt: skip
-        identity[name] = training.plain(args)[name]
-    if args.extra:
-        identity["extra"] = data.fingerprint(views.extra.dataset.images)
-    largest = [LARGEST[name] for name in args.targets]
-    scored = teacher_maps(teacher, args.targets[:1], args.amp)
-    shape = (1, len(val_set), 1, *val_set.largest_mask())
-    kept = open_cache(path.with_suffix(".val-targets.npy"), shape, largest[:1], identity,
-                      args.device)  # fmt: skip
-
-    def val_target(images: Tensor, size: tuple[int, int], index: Tensor) -> Tensor:
-        key = [VALIDATION, int(index[0])]
-        view = torch.zeros_like(index)
-        with torch.compiler.set_stance("force_eager"):  # each size of image would be compiled
-            return kept.look_up(view, index, lambda: scored(images, size, key), size)[:, 0]
-
-    maps, cache = teacher_maps(teacher, args.targets, args.amp, args.distill_probs > 0), None
-    if args.views:
-        if args.distill_probs:
-            largest = largest + [1.0] * len(val_set.classes)
-        shape = (min(args.views, args.epochs), views.indices(), len(largest), *args.crop_size)
-        cache = open_cache(path.with_suffix(".targets.npy"), shape, largest, identity, args.device)
-    return functools.partial(teacher_target, maps, cache=cache), val_target
+# -------------------------------------------------------------------------------------- the student
 
 
-def distil(args: argparse.Namespace, path: Path, teacher: Ensemble, train_set, val_set) -> None:
+class DistillationFlags(NamedTuple):
+    """The flags of a student beyond those that it shares with a member."""
+
+    measures: list[str]  # --targets, each name once
+    views: int
+    uncertainty_weight: float
+    distill_probs: float
+    strong_views: bool
+    extra: Path | None
+    jitter: float  # strength of the colour jitter, from the recipe
+
+
+def train_student(
+    path: Path,
+    teacher: Ensemble,
+    train_set: data.SegmentationDataset,
+    val_set: data.SegmentationDataset,
+    flags: TrainingFlags,
+    distillation: DistillationFlags,
+) -> None:
     """Train the student and write it to `path`."""
-    key, jitter = training.stream(args.seed, "student", 0), RECIPES[args.dataset]["jitter"]
-    student = training.build(args, key, len(train_set.classes), tuple(args.targets))
-    config = training.describe(train_set, args, 1)
-    config |= {"measures": args.targets, "teacher_members": len(teacher)}
-    settings = train_set, args.crop_size, args.scale, key[1:], args.views, jitter
-    extra = args.extra and data.open_images("--extra", args.extra, args.image_size)
-    if paired := bool(args.strong_views or extra):
-        views = data.PairedViews(*settings, strong=args.strong_views, extra=extra)
-    else:
-        views = data.TrainingViews(*settings)
-    train_loader, val_loader = training.loaders(args, views, val_set)
-    teacher.to(args.device, memory_format=torch.channels_last)
-    if args.compile:
+    # ---------------------------------------------------------------- student and optimiser
+    measures = distillation.measures
+    stream = random_stream(flags.seed, "student", 0)
+    num_classes = len(train_set.classes)
+    student = build_network(flags, stream.torch_seed, num_classes, tuple(measures))
+    # The loss takes the mean of the measures, so each has its part of the weight. With weight 0
+    # the head learns nothing, and its rate does not matter.
+    weight_of_measure = 1.0
+    if distillation.uncertainty_weight > 0:
+        weight_of_measure = distillation.uncertainty_weight
+    weight_of_measure /= len(measures)
+    optimizer = build_optimizer(
+        student, flags.lr, flags.head_lr_mult, flags.weight_decay, weight_of_measure
+    )
+
+    # ---------------------------------------------------------------- views and their targets
+    views = build_views(flags, distillation, train_set, stream.view_seeds)
+    train_loader, val_loader = build_loaders(flags, views, val_set)
+    teacher.to(flags.device, memory_format=torch.channels_last)
+    if flags.compile:
         for member in teacher.members:
             member.compile(dynamic=False)
-    target_of, val_target = open_targets(args, path, teacher, views, val_set)
-    loss_fn = distillation_loss(target_of, args.targets, args.uncertainty_weight,
-                                args.distill_probs, paired)  # fmt: skip
-    validation = functools.partial(validate, loader=val_loader, device=torch.device(args.device),
-                                   amp=args.amp, target=val_target)  # fmt: skip
-    fit(student, loss_fn, train_loader, validation, args, path, config)
+    targets = open_targets(teacher, flags, distillation, views, val_set, path)
+
+    # ---------------------------------------------------------------- training
+    weights = LossWeights(
+        uncertainty=distillation.uncertainty_weight, probs=distillation.distill_probs
+    )
+    loss_fn = functools.partial(
+        distillation_loss,
+        targets=targets,
+        weights=weights,
+        has_unlabelled=isinstance(views, data.PairedViews),
+    )
+    validation = functools.partial(
+        validate,
+        loader=val_loader,
+        device=flags.device,
+        amp=flags.amp,
+        teacher_target=targets.for_validation,
+    )
+    weights, entry = fit(student, optimizer, loss_fn, train_loader, validation, flags, path)
+    config = build_config(train_set, flags, members=1)
+    config |= {"measures": measures, "teacher_members": len(teacher)}
+    save_checkpoint(path, weights, entry, config, flags.recorded)
+
+
+def build_views(
+    flags: TrainingFlags,
+    distillation: DistillationFlags,
+    train_set: data.SegmentationDataset,
+    view_seeds: list[int],
+) -> data.TrainingViews | data.PairedViews:
+    """The student's training views; with --strong-views or --extra in pairs."""
+    settings = (
+        flags.crop_size,
+        flags.scale,
+        view_seeds,
+        distillation.views,
+        distillation.jitter,
+    )
+    labelled = data.TrainingViews(train_set, *settings)
+    if not (distillation.strong_views or distillation.extra):
+        return labelled
+    extra = None
+    if distillation.extra:
+        images = data.open_images("--extra", distillation.extra, flags.image_size)
+        extra = data.TrainingViews(images, *settings)
+    return data.PairedViews(labelled, extra, distillation.strong_views)
+
+
+def open_targets(
+    teacher: Ensemble,
+    flags: TrainingFlags,
+    distillation: DistillationFlags,
+    views: data.TrainingViews | data.PairedViews,
+    val_set: data.SegmentationDataset,
+    path: Path,
+) -> TeacherTargets:
+    """The teacher's targets, kept beside `path`: validation images' always, views' with --views."""
+    measures = distillation.measures
+    with_probs = distillation.distill_probs > 0
+    identity = cache_identity(flags, views, val_set)
+    largest = [MEASURES[name].largest for name in measures]
+
+    val_shape = (1, len(val_set), 1, *val_set.largest_mask())
+    val_path = path.with_suffix(".val-targets.npy")
+    val_cache = open_cache(val_path, val_shape, largest[:1], identity, flags.device)
+
+    train_cache = None
+    if distillation.views > 0:
+        if with_probs:
+            largest += [1.0] * len(val_set.classes)
+        kept_views = min(distillation.views, flags.epochs)
+        shape = (kept_views, views.num_target_rows(), len(largest), *flags.crop_size)
+        train_path = path.with_suffix(".targets.npy")
+        train_cache = open_cache(train_path, shape, largest, identity, flags.device)
+    return TeacherTargets(teacher, measures, with_probs, flags.amp, train_cache, val_cache)
+
+
+def cache_identity(
+    flags: TrainingFlags,
+    views: data.TrainingViews | data.PairedViews,
+    val_set: data.SegmentationDataset,
+) -> dict:
+    """All that stored targets depend on; where it differs they are of another teacher or view.
+
+    The seed is in the views' stream, the crop in the cache's shape, and the classes in the
+    teacher's identity.
+    """
+    identity = {
+        "stream": views.stream,
+        "jitter": views.jitter,
+        "indices": views.num_target_rows(),
+        "train_images": data.fingerprint(views.dataset.images),
+        "val_images": data.fingerprint(val_set.images),
+    }
+    # the batch size, for MC dropout is seeded by the first image of a batch
+    recorded = (
+        "teacher_identity",
+        "mc_samples",
+        "dataset",
+        "split",
+        "image_size",
+        "scale",
+        "amp",
+        "batch_size",
+        "targets",
+        "distill_probs",
+        "strong_views",
+    )
+    for name in recorded:
+        identity[name] = flags.recorded[name]
+    if isinstance(views, data.PairedViews) and views.extra:
+        identity["extra"] = data.fingerprint(views.extra.dataset.images)
+    return identity
+
+
+# ------------------------------------------------------------------------------------- command line
+
+# What a student takes from its teacher where the command leaves it open.
+INHERITED = (
+    "dataset",
+    "data",
+    "split",
+    "backbone",
+    "weights",
+    "image_size",
+    "crop_size",
+    "hold_out",
+    "batch_size",
+    "lr",
+    "head_lr_mult",
+    "weight_decay",
+    "warmup",
+    "scale",
+)
+
+
+def inherit_from_teacher(command: dict, checkpoint: dict) -> dict:
+    """The flags of a command; those it leaves open (None) are as the teacher was trained."""
+    flags = dict(command)
+    trained = checkpoint["args"]
+    if flags["epochs"] is None:
+        factor = RECIPES[trained["dataset"]]["student_epochs_factor"]
+        flags["epochs"] = int(factor * trained["epochs"])
+
+    inherited = set(INHERITED)
+    if flags["dataset"] not in (None, trained["dataset"]):
+        inherited.remove("data")  # another data set has its files elsewhere
+    if flags["image_size"] not in (None, trained["image_size"]):
+        inherited.remove("crop_size")  # another size of image has another crop
+    for name in inherited:
+        if flags[name] is None:
+            flags[name] = trained.get(name)
+    if flags["data"]:
+        flags["data"] = Path(flags["data"])
+    return flags
 
 
 def main(args: argparse.Namespace) -> None:
-    # ---------------------------------------------------------------- teacher and data
-    teacher, checkpoint = load_ensemble(args.teacher, args.mc_samples)
-    inherit(args, checkpoint)
-    args.teacher_identity = checkpoint["identity"]  # another teacher is another student
-    training.resolve(args, RECIPES[args.dataset])
-    for flag in ("uncertainty_weight", "distill_probs", "views"):
-        if not 0 <= (value := getattr(args, flag)) < math.inf:
-            raise UsageError(f"--{flag.replace('_', '-')} {value}: cannot be negative or infinite")
-    args.targets = list(dict.fromkeys(args.targets))
+    # ---------------------------------------------------------------- teacher and flags
+    teacher, teacher_checkpoint = load_ensemble(args.teacher, args.mc_samples)
+    inherited = inherit_from_teacher(vars(args), teacher_checkpoint)
+    recipe = RECIPES[inherited["dataset"]]
+    resolved = resolve_flags(inherited, recipe)
+    resolved["targets"] = list(dict.fromkeys(args.targets))  # each once, in the order named
+    resolved["teacher_identity"] = teacher_checkpoint["identity"]  # part of what is compared
+    flags = select_training_flags(resolved)
+    distillation = DistillationFlags(
+        measures=resolved["targets"],
+        views=resolved["views"],
+        uncertainty_weight=resolved["uncertainty_weight"],
+        distill_probs=resolved["distill_probs"],
+        strong_views=resolved["strong_views"],
+        extra=resolved["extra"],
+        jitter=recipe["jitter"],
+    )
     path = args.out or member_files(args.teacher)[0].with_name("student.pt")
-    if path.suffix != ".pt":  # what lies beside it has its name with another suffix
+    if path.suffix != ".pt":  # the files beside it have its name with another suffix
         raise UsageError(f"--out {path}: name a file that ends in .pt")
-    with training.process_group(args.device):
-        train_set, val_set = training.open_splits(args)
-        if train_set.classes != (classes := checkpoint["config"]["classes"]):
+
+    with process_group(flags.device):
+        # ------------------------------------------------------------ data
+        train_set, val_set = open_splits(flags)
+        classes = teacher_checkpoint["config"]["classes"]
+        if train_set.classes != classes:
             raise UsageError(
                 f"the teacher knows the classes {', '.join(classes)}, the data has "
                 f"{', '.join(train_set.classes)}; use the teacher's data set"
@@ -337,52 +677,95 @@ def main(args: argparse.Namespace) -> None:
 
         # ------------------------------------------------------------ student
         path.parent.mkdir(parents=True, exist_ok=True)
-        first = data.rank_and_world()[0] == 0
-        with locked(path) if first else contextlib.nullcontext():
-            if args.overwrite and first:
-                training.remove(path, (path.suffix, ".jsonl", *training.UNFINISHED))
-            training.any_process(False, torch.device(args.device))  # wait for the first
-            if not training.is_finished(path, args):
-                distil(args, path, teacher, train_set, val_set)
-        named = " ".join(map(str, args.teacher))
-        named += f" --mc-samples {args.mc_samples}" if args.mc_samples else ""
-        print(f"next: python evaluate.py --student {path} --teacher {named} --ood")
+        lock = locked(path) if is_first_process() else contextlib.nullcontext()
+        with lock:
+            if args.overwrite and is_first_process():
+                remove_files(path, (path.suffix, ".jsonl", *UNFINISHED))
+            wait_for_group(flags.device)
+            refuse_other_command(path, flags.recorded)
+            if path.exists():
+                report_finished(path)
+            else:
+                train_student(path, teacher, train_set, val_set, flags, distillation)
+
+        # ------------------------------------------------------------ what is next
+        names = " ".join(str(name) for name in args.teacher)
+        if args.mc_samples:
+            names += f" --mc-samples {args.mc_samples}"
+        print(f"next: python evaluate.py --student {path} --teacher {names} --ood")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line: the teacher, how it is learned from, and the training flags."""
     parser = Parser(prog="distill.py", description=__doc__.splitlines()[0])
     flag = parser.add_argument_group("what to distil").add_argument
-    flag("--teacher", nargs="+", type=Path, default=[Path("ckpts")], metavar="DIR|FILE",
-         help="folder of an ensemble, or its checkpoints one by one (default: ckpts)")
-    flag("--mc-samples", type=int, default=0, metavar="N",
-         help="N dropout samples of a single checkpoint are the teacher (default: 0, an ensemble)")
-    flag("--views", type=int, metavar="K",
-         help="scale and crop repeat after K epochs, whose teacher targets are kept on the disk; "
-              "the teacher's cost falls by epochs / K. 0: new views, float targets, none of them "
-              "kept (default: 5, synthetic 1)")
-    flag("--targets", nargs="+", choices=LARGEST, default=[*LARGEST], metavar="MEASURE",
-         help="what to learn of the teacher, a channel each: std (the paper's only one), entropy, "
-              "mutual_information, msp (default: all four)")
-    flag("--distill-probs", type=float, default=0.0, metavar="WEIGHT",
-         help="weight of the KL divergence from the teacher's mean probabilities, against 1 of the "
-              "cross-entropy, in their mean (default: 0)")
-    flag("--uncertainty-weight", type=float, metavar="W",
-         help="weight of the RMSLE (default: the recipe's; the paper's is 1)")
-    flag("--strong-views", action="store_true",
-         help="beside every view one in other colours, blurred, noisy, with misplaced pieces, from "
-              "which the student learns the teacher's uncertainty alone; twice the work")
-    flag("--extra", type=Path, metavar="DIR",
-         help="images without labels, used as --strong-views are: beside every view one of them, "
-              "drawn by lot (with both flags: one or the other)")
+    flag(
+        "--teacher",
+        nargs="+",
+        type=Path,
+        default=[Path("ckpts")],
+        metavar="DIR|FILE",
+        help="folder of an ensemble, or its checkpoints one by one (default: ckpts)",
+    )
+    flag(
+        "--mc-samples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="N dropout samples of a single checkpoint are the teacher (default: 0, an ensemble)",
+    )
+    flag(
+        "--views",
+        type=non_negative(int),
+        metavar="K",
+        help="scale and crop repeat after K epochs, whose teacher targets are kept on the disk; "
+        "the teacher's cost falls by epochs / K. 0: new views, float targets, none of them "
+        "kept (default: 5, synthetic 1)",
+    )
+    flag(
+        "--targets",
+        nargs="+",
+        choices=MEASURES,
+        default=list(DEFAULT_TARGETS),
+        metavar="MEASURE",
+        help="what to learn of the teacher, a channel each: std (the paper's only one), entropy, "
+        "mutual_information, msp (default: all four)",
+    )
+    flag(
+        "--distill-probs",
+        type=non_negative(float),
+        default=0.0,
+        metavar="WEIGHT",
+        help="weight of the KL divergence from the teacher's mean probabilities, against 1 of the "
+        "cross-entropy, in their mean (default: 0)",
+    )
+    flag(
+        "--uncertainty-weight",
+        type=non_negative(float),
+        metavar="W",
+        help="weight of the RMSLE (default: the recipe's; the paper's is 1)",
+    )
+    flag(
+        "--strong-views",
+        action="store_true",
+        help="beside every view one in other colours, blurred, noisy, with misplaced pieces, from "
+        "which the student learns the teacher's uncertainty alone; twice the work",
+    )
+    flag(
+        "--extra",
+        type=Path,
+        metavar="DIR",
+        help="images without labels, used as --strong-views are: beside every view one of them, "
+        "drawn by lot (with both flags: one or the other)",
+    )
     flag("--dataset", choices=data.DATASETS, help="(default: the teacher's)")
     flag("--backbone", choices=BACKBONES, help="(default: the teacher's)")
     flag("--hold-out", nargs="+", metavar="CLASS", help="(default: the teacher's)")
     flag("--out", type=Path, metavar="FILE", help="(default: student.pt beside the teacher)")
-    training.add_training_flags(parser)
-    parser.set_defaults(split=None)
+    add_training_flags(parser)
+    parser.set_defaults(split=None)  # inherited, where --help says "train"
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, get_args_parser()))
+    sys.exit(run_main(main, get_args_parser()))

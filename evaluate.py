@@ -6,25 +6,42 @@
 
 Everything is pooled over all labelled pixels of the split at their native size (metrics.py has the
 definitions); member 0, the teacher and the student see the same pixels in the same pass.
+
+Outline, one section per line:
+
+    networks and their scores             Networks, predict: probabilities and scores by name
+    measure: the labelled split           validate (for training), evaluate_split
+    measure: anomalies                    evaluate_ood: by pixels, by components, by images
+    measure: time and memory              benchmark
+    predict: maps of one's own images     predict_files, in tiles where an image is large
+    pictures                              colours, panels
+    charts                                line_chart, chart_sheet: SVG by hand
+    report: tables                        what the terminal and the page both show
+    report: pictures and the page         report: one HTML file that needs nothing else
+    what the three command lines share    exit codes, remedies, argparse types, the live line
+    command line                          find and open the networks, resolve, main
 """
 
 import argparse
 import base64
 import contextlib
 import ctypes
-import fcntl
+import errno
 import html
 import io
 import itertools
 import json
 import math
 import os
+import re
+import shutil
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,494 +52,739 @@ from torch.utils.data import DataLoader, Dataset
 import data
 import metrics
 import model
+from metrics import MEASURES
+from model import UsageError, autocast, choose_amp, choose_device, locked
 
-# ---------------------------------------------------------------- what every script shares
+RGB = tuple[int, int, int]
 
-
-class UsageError(ValueError):
-    """Flags, or a state of the disk or of the training, that a user can mend; it says how."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one line in place of a usage text and an error."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message}; see python {self.prog} --help\n")
+# ------------------------------------------------------------------------ networks and their scores
 
 
-def run(main: Callable, parser: argparse.ArgumentParser, argv: list[str] | None = None) -> int:
-    """`main(args)`, and its exit code: 0; 2, with one line, for what a user can mend; or 130."""
-    args = parser.parse_args(argv)
-    try:
-        main(args)
-        return 0
-    except (UsageError, data.DataError, model.ModelError, metrics.MetricError) as error:
-        # from a loader's worker the message is the last line of the worker's traceback
-        message = str(error).strip().splitlines()[-1].split("Error: ")[-1]
-    except (MemoryError, RuntimeError) as error:
-        if not (message := remedy(error)):
-            raise
-    except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        reason = (error.strerror or str(error)).strip().splitlines()[-1]
-        message = f"{reason}{place}; free the disk or the path, then run it again"
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+class Networks(NamedTuple):
+    """The networks to evaluate, in eval mode on their device, and what their outputs mean."""
+
+    student: model.DeepLabV3 | None = None
+    teacher: model.Ensemble | None = None
+    measures: Sequence[str] = ()  # what the student learned of a teacher, one channel each
+    classes: Sequence[str] = ()  # names of the C classes
+    palette: Sequence[RGB] = ()  # colours of the classes
+
+    def by_name(self) -> dict[str, nn.Module]:
+        """The networks that are not None, as "teacher" and "student"."""
+        networks = {}
+        if self.teacher is not None:
+            networks["teacher"] = self.teacher
+        if self.student is not None:
+            networks["student"] = self.student
+        return networks
+
+    @property
+    def main_name(self) -> str:
+        """The network whose prediction is used where only one is shown: the student or, if there
+        is none, the teacher."""
+        return "teacher" if self.student is None else "student"
+
+    @property
+    def shown_measure(self) -> str:
+        """The teacher's measure that panels, the class table and fidelity show: the paper's std,
+        or the student's first measure where it did not learn the std.
+
+        `validate` differs on purpose: while a student is trained, only its first measure is
+        compared, which is the one that the user named first.
+        """
+        if not self.measures or "std" in self.measures:
+            return "std"
+        return self.measures[0]
+
+    def shown_score(self, name: str) -> str:
+        """The score of "student", "teacher" or "member" that panels and the class table show."""
+        if name == "student":
+            return student_score(self.shown_measure)
+        if name == "teacher":
+            return self.shown_measure
+        return "entropy"
 
 
-def remedy(error: MemoryError | RuntimeError) -> str:
-    """What to do about a fault of the machine; nothing for one of the program."""
-    text = str(error)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
-        return "the memory is full; use a smaller --batch-size or --image-size"
-    if "DataLoader worker" in text:
-        return "a process that loads images died, often for want of shared memory; use --workers 0"
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        reason = text.strip().splitlines()[0][:120]
-        return f"torch.compile failed ({reason}); install a C++ compiler or use --no-compile"
-    return ""
+class InferenceSettings(NamedTuple):
+    """How images run through the networks."""
 
-
-def choose_device(name: str) -> torch.device:
-    """By name; "auto" is the GPU if there is one, under torchrun one a process. Raises UsageError
-    if the device is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0][:80]
-        raise UsageError(f"--device {name} cannot be used ({reason}); try --device cpu") from None
-    return device
-
-
-def choose_amp(amp: str, device: torch.device) -> str:
-    """What "auto" stands for: bf16 where the processor has it (measured on a CPU: 1.8 times as
-    fast, but slower where it is emulated), else "off"."""
-    if amp != "auto":
-        return amp
-    if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has = getattr(torch.cpu, "get_capabilities", dict)()  # younger than our oldest torch
-        bf16 = has.get("avx512_bf16") or has.get("amx_bf16")
-    return "bf16" if bf16 else "off"
-
-
-def autocast(device: torch.device, amp: str):
-    """The arithmetic of the networks: bf16, fp16 or, with "off", float32."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
-    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """For the one process at a time that may write `path`; a second one gets a UsageError.
-
-    A record lock ends with its process, however that ends, and forked workers do not inherit it.
-    """
-    lock = path.with_suffix(".lock")
-    while True:
-        file = open(lock, "w")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.close()
-            raise UsageError(f"another process is writing {path}; wait for it to end, or name "
-                             "another --out") from None  # fmt: skip
-        # who held the lock before may have removed the file since it was opened here
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(lock), os.fstat(file.fileno())):
-                break
-        file.close()
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        file.close()
-
-
-@torch.inference_mode()
-def validate(network: nn.Module, loader: DataLoader, device, amp: str, target=None) -> dict:
-    """miou, iou, pixel_accuracy and mean_class_accuracy of `network` over `evaluation_loader`, in
-    a process group over those of all processes. With target(images, (H, W), index), which returns
-    its teacher's measure [B, H, W], also `metrics.Fidelity` of its first one as fidelity_*."""
-    network.eval()
-    confusion, fidelity = metrics.ConfusionMatrix(network.num_classes), metrics.Fidelity()
-    for images, labels, index in itertools.chain.from_iterable(loader):
-        images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
-        size = labels.shape[-2:]
-        with autocast(device, amp):
-            logits, uncertainty = network(images, size)
-        confusion.update(model.predicted(logits), labels)
-        if target:
-            teacher = target(images, size, index)
-            fidelity.update(uncertainty[:, 0], teacher, labels < data.IGNORED)
-    confusion.all_reduce()
-    fidelity.all_reduce()
-    pairs = fidelity.compute().items() if target else ()
-    return confusion.compute() | {f"fidelity_{key}": value for key, value in pairs}
-
-
-# ---------------------------------------------------------------- networks and their scores
-
-Networks = dict[str, nn.Module]  # "student", "teacher" or both
-
-
-def distilled(measure: str) -> str:
-    """The score by which the student's copy of a teacher's measure is known."""
-    return "dudes" if measure == "std" else f"dudes_{measure}"
-
-
-def unit(measure: str, num_classes: int) -> float:
-    """What a student's output in [0, 1] counts in: entropies are learned divided by log C."""
-    return math.log(num_classes) if measure in ("entropy", "mutual_information") else 1.0
+    device: torch.device
+    amp: str  # bf16, fp16 or off
+    batch_size: int = 1  # images
+    workers: int = 0  # processes that load them
 
 
 class Output(NamedTuple):
+    """What one network predicts for a batch."""
+
     probs: Tensor  # float32 [B, C, H, W]
     scores: dict[str, Tensor]  # float32 [B, H, W] each; higher = more uncertain
 
 
-def predict(networks: Networks, images: Tensor, size, args, tap=None) -> dict[str, Output]:
-    """Probabilities and scores of every model at `size` (H, W), softmax after the upsampling.
+def student_score(measure: str) -> str:
+    """The name of the student's copy of a teacher's measure: "dudes" is the distilled std."""
+    if measure == "std":
+        return "dudes"
+    return f"dudes_{measure}"
 
-    images: uint8 [B, 3, h, w]. `tap`, a generator, passes on the members' logits [B, C, H, W] one
-    by one. Member 0 of an MC-dropout teacher is its first sample.
+
+class MemberStream:
+    """The members' logits [B, C, H, W], one member at a time, for `predictive_statistics`.
+
+    Holding the logits of all members at once would need too much memory. So this iterator has
+    side effects: while the logits pass, it keeps those of the first member (`first`) and, if it
+    is given labels [B, H, W] and one confusion matrix per member, updates these matrices.
+    """
+
+    def __init__(
+        self,
+        member_logits: Iterable[Tensor],
+        labels: Tensor | None = None,
+        confusions: Sequence[metrics.ConfusionMatrix] = (),
+    ):
+        self.member_logits = member_logits
+        self.labels = labels
+        self.confusions = confusions
+        self.first: Tensor | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for number, logits in enumerate(self.member_logits):
+            if number == 0:
+                self.first = logits
+            if self.confusions:
+                prediction = model.predicted_class(logits)
+                self.confusions[number].update(prediction, self.labels)
+            yield logits
+
+
+def predict(
+    networks: Networks,
+    images: Tensor,
+    size: tuple[int, int],
+    amp: str,
+    labels: Tensor | None = None,
+    confusions: Sequence[metrics.ConfusionMatrix] = (),
+) -> dict[str, Output]:
+    """Probabilities and scores of every network at `size` (H, W), softmax after the upsampling.
+
+    images: uint8 [B, 3, h, w]. Returns "member" and "teacher" if there is a teacher, then
+    "student" if there is one. "member" is the teacher's first member, or the first sample of an
+    MC-dropout teacher. With labels [B, H, W] and one confusion matrix per member, these matrices
+    are updated too: each member's logits exist only during this call.
     """
     outputs = {}
-    if "teacher" in networks:
-        with autocast(images.device, args.amp):
-            stream = networks["teacher"].stream(images, size)
-            first = next(stream)
-            stream = itertools.chain([first], stream)
-            mean = model.predictive_statistics(tap(stream) if tap else stream, True)
-        probs = first.softmax(dim=1)
-        outputs["member"] = Output(probs, free_scores(first, probs))
-        outputs["teacher"] = Output(mean.probs, teacher_scores(mean, MEASURES))
-    if "student" in networks:
-        with autocast(images.device, args.amp):
-            logits, uncertainty = networks["student"](images, size)
+    if networks.teacher is not None:
+        with autocast(images.device, amp):
+            member_logits = networks.teacher.member_logits(images, size)
+            stream = MemberStream(member_logits, labels, confusions)
+            # This runs the members, and the side effects of `stream` with them.
+            ensemble_prediction = model.predictive_statistics(stream, with_expected_entropy=True)
+        probs = stream.first.softmax(dim=1)
+        outputs["member"] = Output(probs, metrics.free_scores(stream.first, probs))
+        scores = metrics.ensemble_measures(ensemble_prediction, MEASURES)
+        outputs["teacher"] = Output(ensemble_prediction.probs, scores)
+    if networks.student is not None:
+        with autocast(images.device, amp):
+            logits, uncertainty = networks.student(images, size)
+        num_classes = logits.shape[1]
         probs = logits.softmax(dim=1)
-        names = map(distilled, args.measures)
-        maps = [u * unit(m, logits.shape[1])
-                for m, u in zip(args.measures, uncertainty.unbind(dim=1), strict=True)]  # fmt: skip
-        learned = dict(zip(names, maps, strict=True))
-        outputs["student"] = Output(probs, learned | free_scores(logits, probs))
+        scores = {}
+        for channel, measure in enumerate(networks.measures):
+            scale = MEASURES[measure].scale(num_classes)
+            scores[student_score(measure)] = uncertainty[:, channel] * scale
+        outputs["student"] = Output(probs, scores | metrics.free_scores(logits, probs))
     return outputs
 
 
-MEASURES = ("std", "entropy", "mutual_information", "msp")
+def scores_by_key(outputs: dict[str, Output]) -> dict[str, Tensor]:
+    """Every score [B, H, W] of every network as "<network>/<score>"."""
+    scores = {}
+    for name, output in outputs.items():
+        for score, values in output.scores.items():
+            scores[f"{name}/{score}"] = values
+    return scores
 
 
-def teacher_scores(prediction: model.EnsemblePrediction, names) -> dict[str, Tensor]:
-    """Those of `MEASURES` that are named, in this order, [B, H, W] each; entropies in nats."""
-    probs, std, expected_entropy = prediction
-    scores = {"std": lambda: std, "entropy": lambda: metrics.predictive_entropy(probs),
-              "mutual_information": lambda: metrics.mutual_information(probs, expected_entropy),
-              "msp": lambda: metrics.max_softmax(probs)}
-    return {name: scores[name]() for name in names}
+class ImageStatistics(NamedTuple):
+    """One score over all pixels of one image, by which whole images are told apart."""
+
+    mean: float
+    p99: float  # 99th percentile
 
 
-def free_scores(logits: Tensor, probs: Tensor) -> dict[str, Tensor]:
-    """What any single network offers for nothing."""
-    return {"entropy": metrics.predictive_entropy(probs), "msp": metrics.max_softmax(probs),
-            "max_logit": metrics.max_logit(logits), "energy": metrics.energy(logits)}
+def image_statistics(outputs: dict[str, Output]) -> dict[str, list[ImageStatistics]]:
+    """The statistics of each of the B images, by "<network>/<score>"."""
+    statistics = {}
+    for key, values in scores_by_key(outputs).items():
+        values = values.flatten(1)  # [B, H * W]
+        rank = math.ceil(0.99 * values.shape[1])
+        percentile = values.kthvalue(rank, dim=1).values
+        pairs = torch.stack([values.mean(dim=1), percentile], dim=1).tolist()  # [B, 2]
+        statistics[key] = [ImageStatistics(mean, p99) for mean, p99 in pairs]
+    return statistics
 
 
-def sweep(dataset: Dataset, args: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
-    """One pass: images [B, 3, h, w] and labels [B, H, W] on the device, indices; a live line."""
-    device, started, done = torch.device(args.device), time.monotonic(), 0
-    torch.manual_seed(0)  # MC dropout: each pass draws the same
-    loader = data.evaluation_loader(dataset, args.batch_size, args.workers, device)
+def evaluation_batches(
+    dataset: Dataset, inference: InferenceSettings
+) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+    """One pass over a data set, with a live line: images uint8 [B, 3, h, w] and labels uint8
+    [B, H, W] on the device, and the B indices."""
+    torch.manual_seed(0)  # so that MC dropout draws the same samples in every pass
+    loader = data.evaluation_loader(
+        dataset, inference.batch_size, inference.workers, inference.device
+    )
+    with ImageProgress(len(dataset)) as progress:
+        for images, labels, index in itertools.chain.from_iterable(loader):
+            images = images.to(inference.device, non_blocking=True)
+            labels = labels.to(inference.device, non_blocking=True)
+            yield images, labels, index.tolist()
+            progress.advance(len(images))
+
+
+def save_scores(folder: Path, outputs: dict[str, Output], names: list[str]) -> None:
+    """Save every score as float16 [H, W]: folder/<network>-<score>/<name of the image>.npy."""
+    for key, values in scores_by_key(outputs).items():
+        score_folder = folder / key.replace("/", "-")
+        score_folder.mkdir(parents=True, exist_ok=True)
+        for name, score in zip(names, values.half().cpu().numpy(), strict=True):
+            content = io.BytesIO()  # np.save on a file does not always say that the disk is full
+            np.save(content, score)
+            (score_folder / f"{name}.npy").write_bytes(content.getbuffer())
+
+
+# ---------------------------------------------------------------------- measure: the labelled split
+
+
+@torch.inference_mode()
+def validate(
+    network: nn.Module,
+    loader: DataLoader,
+    device: torch.device,
+    amp: str,
+    teacher_target: Callable | None = None,
+) -> dict:
+    """How well `network` does on the images of an `evaluation_loader`, while it is trained.
+
+    Returns miou, iou, pixel_accuracy, mean_class_accuracy and n of `metrics.ConfusionMatrix`, in a
+    process group over the images of all processes. teacher_target(images, (H, W), index) returns
+    the teacher's measure [B, H, W]; if it is given, the result also has `metrics.Fidelity` of the
+    student's first uncertainty, as fidelity_rmse, fidelity_pearson and so on.
+    """
+    network.eval()
+    confusion = metrics.ConfusionMatrix(network.num_classes)
+    fidelity = metrics.Fidelity()
     for images, labels, index in itertools.chain.from_iterable(loader):
-        images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
-        yield images, labels, index.tolist()
-        done += len(images)
-        show_progress(done, len(dataset), started)
+        images = images.to(device, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
+        size = labels.shape[-2:]
+        with autocast(device, amp):
+            logits, uncertainty = network(images, size)
+        confusion.update(model.predicted_class(logits), labels)
+        if teacher_target is not None:
+            teacher = teacher_target(images, size, index)
+            fidelity.update(uncertainty[:, 0], teacher, labels < data.IGNORED)
+    confusion.all_reduce()
+    fidelity.all_reduce()
+    results = confusion.compute()
+    if teacher_target is not None:
+        for key, value in fidelity.compute().items():
+            results[f"fidelity_{key}"] = value
+    return results
 
 
-def show_progress(done: int, total: int, started: float) -> None:
-    """A live line with rate and time left, on a terminal only."""
-    if sys.stderr.isatty():
-        rate = done / (time.monotonic() - started)
-        line = f"{done}/{total} images  {rate:.1f} images/s  {(total - done) / rate:.0f} s left   "
-        print("\r" + line, end="\n" * (done == total), file=sys.stderr, flush=True)
+class SplitTracker:
+    """The accumulators of one network over the labelled split."""
 
-
-# ---------------------------------------------------------------- measurements
-
-
-class Tracker:
-    """The accumulators of one model."""
-
-    def __init__(self, primary: str, num_classes: int):
-        self.primary = primary  # the score that the classes are listed with
+    def __init__(self, shown_score: str, num_classes: int):
+        self.shown_score = shown_score  # the score in the class table
         self.confusion = metrics.ConfusionMatrix(num_classes)
-        self.proper, self.calibration = metrics.ProperScores(), metrics.CalibrationError()
-        self.classes = metrics.ClassUncertainty(num_classes)
-        self.scores = defaultdict(lambda: metrics.RejectionCurve(num_classes))
+        self.proper = metrics.ProperScores()
+        self.calibration = metrics.CalibrationError()
+        self.class_uncertainty = metrics.ClassUncertainty(num_classes)
+        self.rejection: dict[str, metrics.RejectionCurve] = {}  # of each score
+        self.num_classes = num_classes
 
     def update(self, output: Output, labels: Tensor) -> Tensor:
-        """Takes in a batch; returns which labelled pixels it has right, bool [B, H, W]."""
-        prediction = model.predicted(output.probs)
+        """Count a batch; returns which pixels are predicted correctly, bool [B, H, W]."""
+        prediction = model.predicted_class(output.probs)  # [B, H, W]
         self.confusion.update(prediction, labels)
         self.proper.update(output.probs, labels)
         self.calibration.update(output.probs, labels, prediction)
-        self.classes.update(output.scores[self.primary], prediction, labels)
+        self.class_uncertainty.update(output.scores[self.shown_score], prediction, labels)
         for name, score in output.scores.items():
-            self.scores[name].update(score, prediction, labels)
-        return (prediction == labels) & (labels < data.IGNORED)
+            if name not in self.rejection:
+                self.rejection[name] = metrics.RejectionCurve(self.num_classes)
+            self.rejection[name].update(score, prediction, labels)
+        return prediction == labels  # False for void: a class never equals 254 or 255
 
-    def figures(self) -> tuple[dict, dict[str, dict], list[float]]:
-        """Of the segmentation, of every score, and the mean uncertainty of each class."""
-        segmentation = self.confusion.compute() | self.proper.compute() | self.calibration.compute()
-        segmentation["reliability"] = segmentation.pop("bins")
-        classes = self.classes.compute()
-        scores = {}
-        for name, rejection in self.scores.items():
-            detection, selective = rejection.errors()
-            scores[name] = selective.compute() | rejection.compute() | detection_figures(detection)
-        return segmentation | {"munc": classes["munc"]}, scores, classes["uncertainty"]
+    def segmentation_results(self) -> dict:
+        """Accuracy, proper scores, calibration, and the mean uncertainty over the classes."""
+        results = self.confusion.compute() | self.proper.compute() | self.calibration.compute()
+        results["reliability"] = results.pop("bins")
+        results["munc"] = self.class_uncertainty.compute()["munc"]
+        return results
+
+    def score_results(self) -> dict[str, dict]:
+        """How well each score finds the network's own errors."""
+        results = {}
+        for name, rejection in self.rejection.items():
+            # The numbers of correct and of wrong pixels by score are all that the three need.
+            detection, selective = rejection.error_metrics()
+            results[name] = selective.compute() | rejection.compute() | detection_results(detection)
+        return results
 
 
-def detection_figures(detection: metrics.Detection) -> dict:
+def detection_results(detection: metrics.Detection) -> dict:
     """AUROC, AP, FPR95, and both curves thinned to what a plot can show."""
     curves = detection.curves()
-    fpr, tpr = (np.append(0.0, curves[key]) for key in ("fpr", "tpr"))
-    recall, precision = curves["recall"], curves["precision"]
-    roc, pr = metrics.thin_curve(fpr, tpr), metrics.thin_curve(recall, precision)
-    return detection.compute() | {
-        "roc": {"fpr": fpr[roc].tolist(), "tpr": tpr[roc].tolist()},
-        "pr": {"recall": recall[pr].tolist(), "precision": precision[pr].tolist()}}
+    fpr = np.append(0.0, curves["fpr"])
+    tpr = np.append(0.0, curves["tpr"])
+    recall = curves["recall"]
+    precision = curves["precision"]
+    roc_points = metrics.thin_curve(fpr, tpr)
+    pr_points = metrics.thin_curve(recall, precision)
+    results = detection.compute()
+    results["roc"] = {"fpr": fpr[roc_points].tolist(), "tpr": tpr[roc_points].tolist()}
+    results["pr"] = {
+        "recall": recall[pr_points].tolist(),
+        "precision": precision[pr_points].tolist(),
+    }
+    return results
+
+
+class FidelityTracker:
+    """How closely the student's uncertainty follows its teacher's: `metrics.Fidelity`, and a joint
+    histogram of both over all labelled pixels for the report's picture (with linear bins and far
+    fewer of them than that metric has)."""
+
+    BINS = 64  # along each axis of the histogram, from 0 to `largest`
+
+    def __init__(self, measure: str, num_classes: int, num_members: int):
+        self.measure = measure
+        self.largest = MEASURES[measure].scale(num_classes)
+        if measure == "std":
+            self.largest = metrics.largest_std(num_members)
+        self.fidelity = metrics.Fidelity()
+        self.density: Tensor | int = 0  # becomes a tensor with the first batch, on its device
+
+    def update(self, student: Tensor, teacher: Tensor, valid: Tensor) -> None:
+        """student, teacher: uncertainties [B, H, W]; valid: bool [B, H, W]."""
+        self.fidelity.update(student, teacher, valid)
+        student_bin = self.bin_of(student[valid])
+        teacher_bin = self.bin_of(teacher[valid])
+        bin_index = student_bin * self.BINS + teacher_bin
+        self.density = self.density + torch.bincount(bin_index, minlength=self.BINS**2)
+
+    def bin_of(self, uncertainty: Tensor) -> Tensor:
+        """The bin of each value along its axis, 0 to BINS - 1."""
+        return (self.BINS / self.largest * uncertainty).long().clamp(0, self.BINS - 1)
+
+    def compute(self, classes: list[dict]) -> dict:
+        """The part "fidelity" of metrics.json; classes: its part "classes"."""
+        gaps = []  # one per class that both networks predict
+        for row in classes:
+            uncertainty = row["uncertainty"]
+            gap = abs(uncertainty["student"] - uncertainty["teacher"])
+            if not math.isnan(gap):
+                gaps.append(gap)
+        results = self.fidelity.compute()
+        results["density"] = self.density.view(self.BINS, self.BINS).tolist()
+        results["density_max"] = self.largest
+        results["measure"] = self.measure
+        results["class_error"] = float(np.mean(gaps)) if gaps else math.nan
+        return results
+
+
+class SplitResults(NamedTuple):
+    """What `evaluate_split` returns."""
+
+    results: dict  # the parts segmentation, uncertainty, classes and fidelity of metrics.json
+    accuracy: list[float]  # pixel accuracy of each image, by the network `Networks.main_name`
+    # Of the images that show no held-out class: the negatives of image-level OOD detection.
+    image_statistics: dict[str, list[ImageStatistics]]
 
 
 @torch.inference_mode()
-def evaluate_split(networks: Networks, dataset, args) -> tuple[dict, list[float], dict]:
-    """Everything that labels can tell, in one pass: the parts of metrics.json, each image's pixel
-    accuracy (NaN where all is void) by the student or, without one, the teacher, and for --ood the
-    `image_scores` of the images that show no held-out class.
+def evaluate_split(
+    networks: Networks,
+    dataset: data.SegmentationDataset,
+    inference: InferenceSettings,
+    score_folder: Path | None = None,
+    with_image_statistics: bool = False,
+) -> SplitResults:
+    """Everything that is measured against labels, in one pass over the images.
+
+    score_folder: where `save_scores` writes the score maps. with_image_statistics: collect
+    `image_statistics`. The accuracy of an image that is all void is NaN.
     """
-    num_classes, size = len(dataset.classes), len(networks.get("teacher", ()))
-    trackers: dict[str, Tracker] = {}
-    members = [metrics.ConfusionMatrix(num_classes) for _ in range(size)]
-    normal: dict[str, list] = defaultdict(list)
-    compare = len(networks) == 2
-    fidelity, density, accuracy = metrics.Fidelity(), 0, []
-    measure = args.primary["teacher"]
-    # both axes of the density end at the largest unbiased std in [0, 1]: half are 0, half 1
-    largest = math.sqrt(size // 2 * (size - size // 2) / (size * (size - 1))) if size else 0.0
-    largest = largest if measure == "std" else unit(measure, num_classes)
+    num_classes = len(dataset.classes)
+    num_members = 0
+    if networks.teacher is not None:
+        num_members = len(networks.teacher)
+    confusions = [metrics.ConfusionMatrix(num_classes) for _ in range(num_members)]
+    trackers: dict[str, SplitTracker] = {}
+    fidelity = None
+    if networks.student is not None and networks.teacher is not None:
+        fidelity = FidelityTracker(networks.shown_measure, num_classes, num_members)
+    accuracy: list[float] = []
+    collected: dict[str, list[ImageStatistics]] = defaultdict(list)
 
-    def tap(stream):
-        for member, logits in zip(members, stream, strict=True):
-            member.update(model.predicted(logits), labels)
-            yield logits
-
-    for images, labels, index in sweep(dataset, args):
-        outputs = predict(networks, images, labels.shape[-2:], args, tap)
-        save_scores(args, dataset, args.split, outputs, index)
+    for images, labels, index in evaluation_batches(dataset, inference):
+        size = labels.shape[-2:]
+        outputs = predict(networks, images, size, inference.amp, labels, confusions)
+        if score_folder is not None:
+            save_scores(score_folder, outputs, names_of(dataset, index))
         valid = labels < data.IGNORED
-        for name, output in outputs.items():  # the student comes last
+        for name, output in outputs.items():
             if name not in trackers:
-                trackers[name] = Tracker(args.primary[name], num_classes)
-            correct = trackers[name].update(output, labels)
-        accuracy += (correct.sum((1, 2)) / valid.sum((1, 2))).tolist()
-        if args.ood is not None:
-            known = ~(labels == data.IGNORED).flatten(1).any(dim=1)
-            for key, scores in image_scores(outputs):
-                normal[key] += scores[known].tolist()
-        if compare:
-            pair = [outputs[name].scores[args.primary[name]] for name in ("student", "teacher")]
-            fidelity.update(*pair, valid)
-            row, column = ((64 / largest * u[valid]).long().clamp(0, 63) for u in pair)
-            density = density + torch.bincount(64 * row + column, minlength=64 * 64)
-    results = gather(dataset.classes, trackers, members) | {"fidelity": {}, "ood": {}}
-    if compare:
-        by_class = [row["uncertainty"] for row in results["classes"]]
-        gaps = [abs(u["student"] - u["teacher"]) for u in by_class]
-        gaps = [gap for gap in gaps if not math.isnan(gap)]  # of classes that both predict
-        results["fidelity"] = fidelity.compute() | {
-            "density": density.view(64, 64).tolist(), "density_max": largest, "measure": measure,
-            "class_error": float(np.mean(gaps)) if gaps else math.nan}
-    return results, accuracy, normal
+                trackers[name] = SplitTracker(networks.shown_score(name), num_classes)
+            correct = trackers[name].update(output, labels)  # [B, H, W]
+            if name == networks.main_name:
+                accuracy += (correct.sum((1, 2)) / valid.sum((1, 2))).tolist()
+        if with_image_statistics:
+            held_out = (labels == data.IGNORED).flatten(1).any(dim=1).tolist()  # B booleans
+            for key, statistics in image_statistics(outputs).items():
+                for image, shows_held_out in zip(statistics, held_out, strict=True):
+                    if not shows_held_out:
+                        collected[key].append(image)
+        if fidelity is not None:
+            student_map = outputs["student"].scores[networks.shown_score("student")]
+            teacher_map = outputs["teacher"].scores[networks.shown_score("teacher")]
+            fidelity.update(student_map, teacher_map, valid)
+
+    results = results_of_trackers(dataset.classes, trackers, confusions)
+    results["fidelity"] = {}
+    if fidelity is not None:
+        results["fidelity"] = fidelity.compute(results["classes"])
+    return SplitResults(results, accuracy, collected)
 
 
-def gather(names: list[str], trackers: dict[str, Tracker], members: list) -> dict:
-    """The accumulators' figures in the layout of metrics.json; names: of the classes."""
-    segmentation, uncertainty, means = {}, {}, {}
-    for name, tracker in trackers.items():
-        segmentation[name], scores, means[name] = tracker.figures()
-        uncertainty |= {f"{name}/{score}": figures for score, figures in scores.items()}
-    means.pop("member", None)
-    classes = [{"name": name, "iou": {m: figures["iou"][c] for m, figures in segmentation.items()},
-                "uncertainty": {m: mean[c] for m, mean in means.items()}}
-               for c, name in enumerate(names)]
-    if members:
-        mious = [member.compute()["miou"] for member in members]
-        mean, std = float(np.mean(mious)), float(np.std(mious, ddof=1))
-        segmentation["members"] = {"n": len(mious), "miou_mean": mean, "miou_std": std}
-    return {"segmentation": segmentation, "uncertainty": uncertainty, "classes": classes}
+def names_of(dataset: Dataset, index: list[int]) -> list[str]:
+    """The names of the samples with these indices, for the files that are written of them."""
+    return [dataset.names[i] for i in index]
 
 
-def named(outputs: dict[str, Output]) -> dict[str, Tensor]:
-    """Every score [B, H, W] of every model as "<model>/<score>"."""
-    return {f"{name}/{score}": values for name, output in outputs.items()
-            for score, values in output.scores.items()}
+def results_of_trackers(
+    classes: list[str],
+    trackers: dict[str, SplitTracker],
+    confusions: list[metrics.ConfusionMatrix],
+) -> dict:
+    """The parts segmentation, uncertainty and classes of metrics.json.
 
-
-def image_scores(outputs: dict[str, Output]) -> Iterator[tuple[str, Tensor]]:
-    """The mean and the 99th percentile of every score over each image: name, float32 [B, 2]."""
-    for key, values in named(outputs).items():
-        values = values.flatten(1)
-        rank = math.ceil(0.99 * values.shape[1])
-        percentile = values.kthvalue(rank, dim=1).values
-        yield key, torch.stack([values.mean(dim=1), percentile], dim=1).cpu()
-
-
-def image_level(found: list, anomalous: list[bool], normal: list) -> dict[str, float]:
-    """AUROC of telling images with an anomaly from those without by their `image_scores`: those of
-    the OOD set, and of more in-distribution images."""
-    found, there = np.reshape(found, (-1, 2)), np.array(anomalous)
-    others = np.concatenate([found[~there], np.reshape(normal, (-1, 2))])
-    return {f"image_auroc_{name}": metrics.pairs_auroc(found[there, k], others[:, k])
-            for k, name in enumerate(("mean", "p99"))}
-
-
-@torch.inference_mode()
-def image_scores_of(networks: Networks, dataset, args) -> dict[str, list]:
-    """`image_scores` of all images of a data set."""
-    found = defaultdict(list)
-    for images, labels, _ in sweep(dataset, args):
-        for key, scores in image_scores(predict(networks, images, labels.shape[-2:], args)):
-            found[key] += scores.tolist()
-    return found
-
-
-WAITING = 2**30  # bytes of float16 scores: 40 million pixels of 13 scores
-
-
-@torch.inference_mode()
-def evaluate_ood(networks: Networks, ood: data.OODSet, normal: dict, args) -> tuple[dict, dict]:
-    """Detection of the anomalies of one OOD set by every score of every model, as pixels, as
-    components and as images; and the protocol. normal: `image_scores` of more in-distribution
-    images. For the components a score is cut where the F1 of all pixels is best: the scores wait
-    for it up to `WAITING` bytes; where they are more, a second pass computes them again.
+    classes: names of the classes; trackers: by network; confusions: one per member.
     """
-    detections, found = defaultdict(metrics.Detection), defaultdict(list)
-    anomalous, sizes, waiting, size = [], Counter(), [], 0
-    for images, mask, index in sweep(ood.dataset, args):
-        outputs = predict(networks, images, mask.shape[-2:], args)
-        scores = {key: values.half() for key, values in named(outputs).items()}
+    segmentation = {}
+    uncertainty = {}
+    for name, tracker in trackers.items():
+        segmentation[name] = tracker.segmentation_results()
+        for score, results in tracker.score_results().items():
+            uncertainty[f"{name}/{score}"] = results
+    class_rows = class_results(classes, trackers, segmentation)
+    if confusions:
+        mious = [confusion.compute()["miou"] for confusion in confusions]
+        segmentation["members"] = {
+            "n": len(mious),
+            "miou_mean": float(np.mean(mious)),
+            "miou_std": float(np.std(mious, ddof=1)),
+        }
+    return {"segmentation": segmentation, "uncertainty": uncertainty, "classes": class_rows}
+
+
+def class_results(
+    classes: list[str], trackers: dict[str, SplitTracker], segmentation: dict[str, dict]
+) -> list[dict]:
+    """IoU and mean uncertainty of each class by every network; of "member" only the IoU."""
+    means = {}
+    for name, tracker in trackers.items():
+        if name != "member":
+            means[name] = tracker.class_uncertainty.compute()["uncertainty"]
+    rows = []
+    for number, class_name in enumerate(classes):
+        iou = {name: results["iou"][number] for name, results in segmentation.items()}
+        uncertainty = {name: values[number] for name, values in means.items()}
+        rows.append({"name": class_name, "iou": iou, "uncertainty": uncertainty})
+    return rows
+
+
+# ------------------------------------------------------------------------------- measure: anomalies
+
+# Scores are kept for the components up to so many bytes: 40 million pixels of 13 float16 scores.
+MAX_WAITING_BYTES = 2**30
+
+
+class AnomalyTracker:
+    """What one pass over an OOD set collects about every score of every network."""
+
+    def __init__(self):
+        self.detections: dict[str, metrics.Detection] = defaultdict(metrics.Detection)
+        self.image_statistics: dict[str, list[ImageStatistics]] = defaultdict(list)
+        self.anomalous: list[bool] = []  # whether an image shows an anomaly
+        self.input_sizes: Counter = Counter()  # number of images by HxW of the networks' input
+        self.pixels = 0  # anomalous or not; void pixels do not count
+        self.anomalous_pixels = 0
+        # The masks and scores of all batches, for the components, unless they are too many.
+        self.kept_batches: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self.kept_bytes = 0
+        self.too_many_to_keep = False
+
+    def update(self, outputs: dict[str, Output], images: Tensor, mask: Tensor) -> None:
+        """Count a batch; mask: uint8 [B, H, W], 1 anomaly, 0 none, anything else void."""
+        scores = {key: values.half() for key, values in scores_by_key(outputs).items()}
         for key, values in scores.items():
-            detections[key].update(values, mask)
-        size += sum(values.nbytes for values in scores.values())
-        waiting.append((mask, scores))
-        if size > WAITING:
-            waiting.clear()
-        for key, statistics in image_scores(outputs):
-            found[key] += statistics.tolist()
-        anomalous += (mask == 1).flatten(1).any(dim=1).tolist()
-        sizes["x".join(map(str, images.shape[-2:]))] += len(images)
-        save_scores(args, ood.dataset, ood.name, outputs, index)
-    figures = {key: detection_figures(detection) | detection.best_f1()
-               | image_level(found[key], anomalous, normal.get(key, []))
-               for key, detection in detections.items()}
-    some = next(iter(figures.values()))
-    if some["positives"]:
-        components = {key: metrics.ComponentDetection(ood.smallest) for key in figures}
-        again = waiting or ((mask, named(predict(networks, images, mask.shape[-2:], args)))
-                            for images, mask, _ in sweep(ood.dataset, args))  # fmt: skip
-        for mask, scores in again:
-            truth = [metrics.connected_components(one == 1) for one in mask.cpu().numpy()]
-            for key, values in scores.items():
-                above = values.half() > figures[key]["f1_threshold"]
-                components[key].update(above, mask, truth)
-        for key, component in components.items():
-            figures[key] |= component.compute()
+            self.detections[key].update(values, mask)
+        self.keep(mask, scores)
+        for key, statistics in image_statistics(outputs).items():
+            self.image_statistics[key] += statistics
+
+        anomalous = mask == 1  # [B, H, W]
+        self.anomalous += anomalous.flatten(1).any(dim=1).tolist()
+        self.anomalous_pixels += int(anomalous.sum())
+        self.pixels += int((mask <= 1).sum())
+        height, width = images.shape[-2:]
+        self.input_sizes[f"{height}x{width}"] += len(images)
+
+    def keep(self, mask: Tensor, scores: dict[str, Tensor]) -> None:
+        """Keep a batch for the components; drop all batches where they are too many."""
+        if self.too_many_to_keep:
+            return
+        self.kept_batches.append((mask, scores))
+        self.kept_bytes += sum(values.nbytes for values in scores.values())
+        if self.kept_bytes > MAX_WAITING_BYTES:
+            self.too_many_to_keep = True
+            self.kept_batches.clear()
+
+    def compute(self, in_distribution: dict[str, list[ImageStatistics]]) -> dict[str, dict]:
+        """Detection by pixels and by images, for every score.
+
+        in_distribution: statistics of further images without an anomaly.
+        """
+        results = {}
+        for key, detection in self.detections.items():
+            results[key] = detection_results(detection) | detection.best_f1()
+            results[key] |= image_level(
+                self.image_statistics[key], self.anomalous, in_distribution.get(key, [])
+            )
+        return results
+
+
+def image_level(
+    statistics: list[ImageStatistics],
+    anomalous: list[bool],
+    in_distribution: list[ImageStatistics],
+) -> dict[str, float]:
+    """AUROC of telling images with an anomaly from images without one, by the mean and by the 99th
+    percentile of a score.
+
+    statistics: of the OOD set, one per image; anomalous: whether each of these images shows an
+    anomaly; in_distribution: statistics of further images without an anomaly.
+    """
+    positives = []
+    negatives = []
+    for image, shows_anomaly in zip(statistics, anomalous, strict=True):
+        if shows_anomaly:
+            positives.append(image)
+        else:
+            negatives.append(image)
+    negatives += in_distribution
+
+    results = {}
+    for name in ImageStatistics._fields:
+        positive_values = [getattr(image, name) for image in positives]
+        negative_values = [getattr(image, name) for image in negatives]
+        results[f"image_auroc_{name}"] = metrics.pairs_auroc(positive_values, negative_values)
+    return results
+
+
+@torch.inference_mode()
+def collect_image_statistics(
+    networks: Networks, dataset: Dataset, inference: InferenceSettings
+) -> dict[str, list[ImageStatistics]]:
+    """`image_statistics` of all images of a data set."""
+    collected = defaultdict(list)
+    for images, labels, _ in evaluation_batches(dataset, inference):
+        outputs = predict(networks, images, labels.shape[-2:], inference.amp)
+        for key, statistics in image_statistics(outputs).items():
+            collected[key] += statistics
+    return collected
+
+
+@torch.inference_mode()
+def evaluate_ood(
+    networks: Networks,
+    ood: data.OODSet,
+    in_distribution: dict[str, list[ImageStatistics]],
+    inference: InferenceSettings,
+    score_folder: Path | None = None,
+) -> tuple[dict, dict]:
+    """How well every score of every network detects the anomalies of one OOD set, by pixels, by
+    components and by images. Returns these results and the protocol that they depend on.
+
+    in_distribution: statistics of further images without an anomaly. Components need each score's
+    threshold of the best pixel F1, which is known only after a whole pass. Scores of up to
+    `MAX_WAITING_BYTES` are kept until then; if there are more, a second pass recomputes them.
+    """
+    tracker = AnomalyTracker()
+    for images, mask, index in evaluation_batches(ood.dataset, inference):
+        outputs = predict(networks, images, mask.shape[-2:], inference.amp)
+        tracker.update(outputs, images, mask)
+        if score_folder is not None:
+            save_scores(score_folder, outputs, names_of(ood.dataset, index))
+
+    results = tracker.compute(in_distribution)
+    if tracker.anomalous_pixels > 0:
+        batches = tracker.kept_batches
+        if tracker.too_many_to_keep:
+            batches = recompute_scores(networks, ood.dataset, inference)
+        thresholds = {key: score_results["f1_threshold"] for key, score_results in results.items()}
+        for key, components in component_results(batches, thresholds, ood.smallest).items():
+            results[key] |= components
     else:
         text = f"the OOD set {ood.name} has no anomalous pixel; its figures are undefined"
         print(f"warning: {text}", file=sys.stderr)
-    return figures, {
-        "images": len(ood.dataset), "pixels": some["n"], "anomalous_pixels": some["positives"],
-        "prevalence": some["positives"] / some["n"] if some["n"] else math.nan,
-        "network_input": ", ".join(size for size, _ in sizes.most_common(3)),
-        "smallest_components": list(ood.smallest), "anomalous_images": sum(anomalous),
-        "normal_images": len(anomalous) - sum(anomalous) + len(next(iter(normal.values()), [])),
-        "scores": "float16", "pooling": "all pixels at native size",
-        "torch": str(torch.__version__)} | ood.protocol
+    further_images = len(next(iter(in_distribution.values()), []))  # the same for every score
+    return results, ood_protocol(ood, tracker, further_images)
 
 
-def described(protocol: dict) -> str:
+def recompute_scores(
+    networks: Networks, dataset: Dataset, inference: InferenceSettings
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """A second pass: the mask and the scores of each batch, as they were in the first."""
+    for images, mask, _ in evaluation_batches(dataset, inference):
+        outputs = predict(networks, images, mask.shape[-2:], inference.amp)
+        yield mask, scores_by_key(outputs)
+
+
+def component_results(
+    batches: Iterable[tuple[Tensor, dict[str, Tensor]]],
+    thresholds: dict[str, float],
+    smallest: data.ComponentSizes,
+) -> dict[str, dict]:
+    """`metrics.ComponentDetection` of every score (as float16), cut at its threshold.
+
+    smallest: pixels of the smallest predicted and of the smallest true component that count.
+    """
+    trackers = {key: metrics.ComponentDetection(*smallest) for key in thresholds}
+    for mask, scores in batches:
+        truth = [metrics.connected_components(frame == 1) for frame in mask.cpu().numpy()]
+        for key, values in scores.items():
+            # `>`, as the code of SegmentMeIfYouCan cuts, although best_f1 counts the threshold
+            # itself as positive.
+            above = values.half() > thresholds[key]
+            trackers[key].update(above, mask, truth)
+    return {key: tracker.compute() for key, tracker in trackers.items()}
+
+
+def ood_protocol(ood: data.OODSet, tracker: AnomalyTracker, further_images: int) -> dict:
+    """What the results of an OOD set depend on; further_images: in-distribution images."""
+    prevalence = math.nan
+    if tracker.pixels > 0:
+        prevalence = tracker.anomalous_pixels / tracker.pixels
+    anomalous_images = sum(tracker.anomalous)
+    sizes = [size for size, _ in tracker.input_sizes.most_common(3)]
+    return {
+        "images": len(ood.dataset),
+        "pixels": tracker.pixels,
+        "anomalous_pixels": tracker.anomalous_pixels,
+        "prevalence": prevalence,
+        "network_input": ", ".join(sizes),
+        "smallest_components": list(ood.smallest),
+        "anomalous_images": anomalous_images,
+        "normal_images": len(tracker.anomalous) - anomalous_images + further_images,
+        "scores": "float16",
+        "pooling": "all pixels at native size",
+        "torch": str(torch.__version__),
+    } | ood.protocol
+
+
+def protocol_sentence(protocol: dict) -> str:
     """The protocol of an OOD set in a sentence."""
-    p = {key: value for key, value in protocol.items() if value is not None}
-    share = f"{100 * p['prevalence']:.2f}% anomalous" if p.get("prevalence") else "none anomalous"
-    of = f" of {p['published']} published" if p.get("published") else ""
-    skipped = "".join(f"; skipped {n} {reason}" for reason, n in p.get("skipped", {}).items())
+    share = "none anomalous"  # also where no pixel is valid, so that the prevalence is NaN
+    if protocol["anomalous_pixels"] > 0:
+        share = f"{100 * protocol['prevalence']:.2f}% anomalous"
+    images = f"{protocol['images']} images"
+    if protocol.get("published"):
+        images += f" of {protocol['published']} published"
+    void = f"void: {protocol['void']}"
+    for reason, number in protocol.get("skipped", {}).items():
+        void += f"; skipped {number} {reason}"
+    smallest_predicted, smallest_true = protocol["smallest_components"]
     return (
-        f"{p['images']} images{of}, {p['pixels']:,} pixels, {share}; void: {p['void']}{skipped}; "
-        f"network input {p['network_input']}, pooled at native size, float16 scores; components "
-        f"from {p['smallest_components'][0]} px (true: {p['smallest_components'][1]}); images: "
-        f"{p['anomalous_images']} with an anomaly against {p['normal_images']} without; "
-        f"torch {p['torch']}"
+        f"{images}, {protocol['pixels']:,} pixels, {share}; {void}; "
+        f"network input {protocol['network_input']}, pooled at native size, float16 scores; "
+        f"components from {smallest_predicted} px (true: {smallest_true}); "
+        f"images: {protocol['anomalous_images']} with an anomaly "
+        f"against {protocol['normal_images']} without; torch {protocol['torch']}"
     )
 
 
-def save_scores(args, dataset, which: str, outputs: dict[str, Output], index: list[int]) -> None:
-    """--save-scores: float16 [H, W] maps as DIR/<set>/<model>-<score>/<image stem>.npy."""
-    for name, output in outputs.items() if args.save_scores else ():
-        for score, maps in output.scores.items():
-            folder = args.save_scores / which / f"{name}-{score}"
-            folder.mkdir(parents=True, exist_ok=True)
-            for number, values in zip(index, maps.half().cpu().numpy(), strict=True):
-                np.save(folder / f"{dataset.stem(number)}.npy", values)
+# ------------------------------------------------------------------------- measure: time and memory
+
+TURNS = 13  # passes of every network, of which the first WARM_UP do not count
+WARM_UP = 3
 
 
 @torch.inference_mode()
-def benchmark(networks: Networks, image: Tensor, args: argparse.Namespace) -> dict[str, dict]:
-    """Cost of a forward pass from uint8 pixels to class and uncertainty: parameters, median
-    milliseconds, images per second and peak memory (weights, and what the pass adds), after
-    warm-up, the models taking turns, as they are and compiled (`compiled_...`)."""
-    device = torch.device(args.device)
-    images = image[None].repeat(args.batch_size, 1, 1, 1).to(device)
-    candidates = dict(networks)
-    if "teacher" in networks:
-        candidates["member"] = networks["teacher"].members[0]
-    weights = {name: sum(w.nbytes for w in network.state_dict().values()) / 1e6
-               for name, network in candidates.items()}  # fmt: skip
-    figures = {name: {"parameters": sum(w.numel() for w in network.parameters()),
-                      "batch_size": len(images), "size": list(images.shape[-2:])}
-               for name, network in candidates.items()}  # fmt: skip
-    for prefix in ("", "compiled_") if args.compile else ("",):
-        if prefix:
-            print("compiling", flush=True)
-            candidates = {name: compiled(network) for name, network in candidates.items()}
-        seconds, added = defaultdict(list), {}
-        for _ in range(13):
-            for name, network in candidates.items():
-                with peak_memory(device) as peak:
-                    started = time.perf_counter()
-                    with autocast(device, args.amp):
-                        model.predicted(network(images)[0])
-                    if device.type == "cuda":
-                        torch.cuda.synchronize(device)
-                    seconds[name].append(time.perf_counter() - started)
-                added[name] = peak[0]
-        for name, times in seconds.items():
-            per_image = float(np.median(times[3:])) / len(images)  # the first turns warm up
-            memory = None if added[name] is None else weights[name] + added[name]
-            measured = {"ms_per_image": 1000 * per_image, "images_per_second": 1 / per_image,
-                        "peak_memory_mb": memory}  # fmt: skip
-            figures[name] |= {prefix + key: value for key, value in measured.items()}
-    return figures
+def benchmark(
+    networks: Networks, image: Tensor, inference: InferenceSettings, with_compiled: bool = True
+) -> dict[str, dict]:
+    """Cost of a forward pass from uint8 pixels to class and uncertainty, for each network.
+
+    image: uint8 [3, h, w], repeated to a batch. Returns the number of parameters and, after a
+    warm-up, the median milliseconds per image, the images per second and the peak memory in MB
+    (the weights, and what the pass adds); the networks take turns. with_compiled: measure again
+    under torch.compile, as compiled_ms_per_image and so on.
+    """
+    images = image[None].repeat(inference.batch_size, 1, 1, 1).to(inference.device)
+    candidates = networks.by_name()
+    if networks.teacher is not None:
+        candidates["member"] = networks.teacher.members[0]
+    results = {}
+    for name, network in candidates.items():
+        results[name] = {
+            "parameters": sum(weight.numel() for weight in network.parameters()),
+            "batch_size": len(images),
+            "size": list(images.shape[-2:]),
+        }
+    for name, cost in cost_of_passes(candidates, images, inference).items():
+        results[name] |= cost
+    if with_compiled:
+        print("compiling", flush=True)
+        candidates = {name: compiled(network) for name, network in candidates.items()}
+        for name, cost in cost_of_passes(candidates, images, inference).items():
+            for key, value in cost.items():
+                results[name][f"compiled_{key}"] = value
+    return results
+
+
+def cost_of_passes(
+    candidates: dict[str, nn.Module], images: Tensor, inference: InferenceSettings
+) -> dict[str, dict]:
+    """ms_per_image, images_per_second and peak_memory_mb (None if unknown) of each network."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    added_mb: dict[str, float | None] = {}
+    for _ in range(TURNS):
+        for name, network in candidates.items():
+            with peak_memory(inference.device) as peak:
+                started = time.perf_counter()
+                with autocast(inference.device, inference.amp):
+                    model.predicted_class(network(images)[0])
+                if inference.device.type == "cuda":
+                    torch.cuda.synchronize(inference.device)
+                seconds[name].append(time.perf_counter() - started)
+            added_mb[name] = peak.megabytes
+    results = {}
+    for name, network in candidates.items():
+        seconds_per_image = float(np.median(seconds[name][WARM_UP:])) / len(images)
+        memory = None
+        if added_mb[name] is not None:
+            weights = sum(weight.nbytes for weight in network.state_dict().values())
+            memory = weights / 1e6 + added_mb[name]
+        results[name] = {
+            "ms_per_image": 1000 * seconds_per_image,
+            "images_per_second": 1 / seconds_per_image,
+            "peak_memory_mb": memory,
+        }
+    return results
 
 
 def compiled(network: nn.Module) -> nn.Module:
@@ -533,701 +795,1731 @@ def compiled(network: nn.Module) -> nn.Module:
     return model.Ensemble(members, network.mc_samples)
 
 
+@dataclass
+class PeakMemory:
+    """What `peak_memory` measures."""
+
+    megabytes: float | None = None  # None before the end, and where it is unknown
+
+
 @contextlib.contextmanager
-def peak_memory(device: torch.device) -> Iterator[list]:
-    """A list that gets the megabytes by which the memory grew meanwhile: the allocator's on a GPU,
-    the process's on a CPU (None where there is no glibc and Linux to ask)."""
-
-    def held(key: str) -> int:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith(key))
-
-    peak = []
+def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
+    """Measure the peak growth of memory inside the `with`: the allocator's memory on a GPU, the
+    process's on a CPU (unknown unless this is Linux with glibc)."""
+    peak = PeakMemory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
-        yield peak
-        peak.append((torch.cuda.max_memory_allocated(device) - before) / 1e6)
+        try:
+            yield peak
+        finally:
+            peak.megabytes = (torch.cuda.max_memory_allocated(device) - before) / 1e6
         return
+
+    before_kb = forget_peak_of_process()
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before would serve again unseen
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before = held("VmRSS")
+        yield peak
+    finally:
+        if before_kb is not None:
+            peak.megabytes = (process_memory_kb("VmHWM") - before_kb) * 1024 / 1e6
+
+
+def forget_peak_of_process() -> int | None:
+    """Reset the peak of this process's memory; returns its memory in kB, None if it is unknown."""
+    try:
+        # Give freed memory back first: a pass that used it again would not seem to grow.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return process_memory_kb("VmRSS")
     except (OSError, AttributeError):
-        yield peak
-        peak.append(None)
-    else:
-        yield peak
-        peak.append((held("VmHWM") - before) * 1024 / 1e6)
+        return None
 
 
-# ---------------------------------------------------------------- panels and predictions
+def process_memory_kb(key: str) -> int:
+    """A line of /proc/self/status: VmRSS is what the process holds now, VmHWM the peak."""
+    with open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith(key):
+                return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no line {key}")
 
 
-@torch.inference_mode()
-def draw_panels(networks: Networks, dataset, chosen, args, anomalies=False) -> list:
-    """PNG panels of the images `chosen` as (title, index); returns (title, file) of each.
+# ---------------------------------------------------------------- predict: maps of one's own images
 
-    With `anomalies` the data set's labels are masks of an OOD set.
-    """
-    files = []
-    for title, index in chosen:
-        image, labels, _ = dataset[index]
-        outputs = predict(networks, image[None].to(args.device), labels.shape, args)
-        rows = []
-        for name in ("student", "teacher"):
-            if name in outputs:
-                maps = outputs[name].probs[0].argmax(0), outputs[name].scores[args.primary[name]][0]
-                rows.append((name, *(values.cpu().numpy() for values in maps)))
-        photo = Image.fromarray(image.permute(1, 2, 0).numpy())
-        photo = photo.resize(labels.shape[::-1], Image.BILINEAR)
-        measure = args.primary["teacher"]
-        shown = "std of predicted class's prob." if measure == "std" else measure.replace("_", " ")
-        sheet = panel(photo, labels.numpy(), rows, args.palette, args.classes, anomalies, shown)
-        path = args.out / "panels" / f"{title.replace(' ', '_')}_{dataset.stem(index)}.png"
-        sheet.save(path)
-        files.append((f"{title}: {dataset.stem(index)}", path))
-    return files
+LARGE_IMAGE = 2**22  # pixels: more are not predicted in one piece, which holds all probabilities
+TILE = 1024  # pixels: the side of a tile
+CONTEXT = 128  # pixels: the margin around a tile that the network sees too
 
-
-def choose_images(accuracy: list[float], count: int) -> list[tuple[str, int]]:
-    """(name, index) of images from the best to the worst by pixel accuracy, evenly spread."""
-    order = [i for i in np.argsort(accuracy)[::-1] if not math.isnan(accuracy[i])]
-    last, count = len(order) - 1, min(count, len(order))
-    places = [last * k // max(1, count - 1) for k in range(count)]
-    names = {last: "worst", last // 2: "median", 0: "best"}
-    return [(names.get(place, f"rank {place + 1}"), int(order[place])) for place in places]
+Maps = tuple[np.ndarray, np.ndarray]  # classes uint8 [H, W], uncertainty float32 [H, W] in [0, 1]
 
 
 @torch.inference_mode()
-def predict_files(networks: Networks, args: argparse.Namespace) -> None:
-    """--predict: the maps of each image, subfolders kept; what is no image is skipped and counted.
-
-    They have its name without the suffix, or with it where a neighbour differs in nothing else.
-    """
-    source, started, skipped = args.predict, time.monotonic(), []
+def predict_files(
+    networks: Networks,
+    source: Path,
+    out: Path,
+    image_size: tuple[int, int] | None,
+    inference: InferenceSettings,
+) -> None:
+    """--predict: write the maps of one image, or of all images in a folder and its subfolders.
+    Files that are no images are skipped and counted."""
     if not source.exists():
         raise UsageError(f"--predict {source}: no such file or folder; check the path")
-    files = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
-    taken = Counter([*files, *(path.with_suffix("") for path in files)])
-    args.out.mkdir(parents=True, exist_ok=True)
-    for done, path in enumerate(files, 1):
-        try:
-            image = data.read_image(path)
-        except data.DataError:
-            skipped.append(path.name)
-        else:
-            name = path.with_suffix("") if taken[path.with_suffix("")] == 1 else path
-            name = name.relative_to(source if source.is_dir() else source.parent)
-            save_maps(networks, image, args, args.out / name)
-        show_progress(done, len(files), started)
-    print(f"{len(files) - len(skipped)} images in {args.out}", end="")
-    print(f"; {len(skipped)} skipped, not images: {', '.join(skipped[:5])}" if skipped else "")
+    files = [source]
+    root = source.parent
+    if source.is_dir():
+        files = sorted(path for path in source.rglob("*") if path.is_file())
+        root = source
+    names = map_names(files)
+    skipped = []
+    out.mkdir(parents=True, exist_ok=True)
+    with ImageProgress(len(files)) as progress:
+        for path in files:
+            try:
+                image = data.read_image(path)
+            except data.DataError:
+                skipped.append(path.name)
+            else:
+                classes, uncertainty = predict_maps(networks, image, image_size, inference)
+                output_path = out / names[path].relative_to(root)
+                save_maps(output_path, image, classes, uncertainty, networks.palette)
+            progress.advance(1)
+    summary = f"{len(files) - len(skipped)} images in {out}"
+    if skipped:
+        summary += f"; {len(skipped)} skipped, not images: {', '.join(skipped[:5])}"
+    print(summary)
 
 
-LARGE = 2**22  # pixels at which all classes' probabilities are held at once
-TILE, CONTEXT = 1024, 128  # pixels: side of a tile, and what it sees around itself
+def map_names(files: list[Path]) -> dict[Path, Path]:
+    """What the names of each file's maps begin with: the file's name without its suffix; with it
+    where two files share the stem."""
+    taken = Counter(files)
+    taken.update(path.with_suffix("") for path in files)
+    names = {}
+    for path in files:
+        short = path.with_suffix("")
+        names[path] = short if taken[short] == 1 else path
+    return names
 
 
-def predict_maps(networks: Networks, image: Image.Image, args) -> tuple[np.ndarray, np.ndarray]:
-    """Class numbers uint8 [H, W] and uncertainty float32 [H, W] in [0, 1] of an image of any size.
+def predict_maps(
+    networks: Networks,
+    image: Image.Image,
+    image_size: tuple[int, int] | None,
+    inference: InferenceSettings,
+) -> Maps:
+    """Classes and uncertainty of an image of any size, by the student or, without one, the teacher.
 
-    A large one goes through the networks in tiles that see their surroundings; where --image-size
-    reduces it anyway, a smaller map is enlarged instead.
+    A large image is predicted in tiles that overlap; where image_size reduces the image anyway, a
+    smaller map is predicted and enlarged instead.
     """
-    name = "student" if "student" in networks else "teacher"
-    networks = {name: networks[name]}
+    if networks.student is not None:
+        networks = networks._replace(teacher=None)
+    size = (image.height, image.width)
+    if image.height * image.width <= LARGE_IMAGE:
+        return maps_at(networks, image, size, image_size, inference)
+    if image_size:
+        return enlarged_maps(networks, image, image_size, inference)
+    return tiled_maps(networks, image, inference)
+
+
+def maps_at(
+    networks: Networks,
+    image: Image.Image,
+    size: tuple[int, int],
+    image_size: tuple[int, int] | None,
+    inference: InferenceSettings,
+) -> Maps:
+    """The maps of an image at `size` (H, W) in one piece, from a `proportional_size` input."""
+    pixels = data.to_input(image, data.proportional_size(image, image_size))
+    outputs = predict(networks, pixels[None].to(inference.device), size, inference.amp)
+    output = outputs[networks.main_name]
+    classes = model.predicted_class(output.probs)[0].to(torch.uint8)  # [H, W]
+    scale = MEASURES[networks.shown_measure].scale(len(networks.classes))
+    uncertainty = output.scores[networks.shown_score(networks.main_name)][0] / scale
+    return classes.cpu().numpy(), uncertainty.clamp(0, 1).cpu().numpy()
+
+
+def enlarged_maps(
+    networks: Networks,
+    image: Image.Image,
+    image_size: tuple[int, int],
+    inference: InferenceSettings,
+) -> Maps:
+    """The maps of a large image, predicted at `LARGE_IMAGE` pixels and enlarged to its size."""
+    factor = math.sqrt(LARGE_IMAGE / (image.height * image.width))
+    size = (max(1, int(factor * image.height)), max(1, int(factor * image.width)))
+    classes, uncertainty = maps_at(networks, image, size, image_size, inference)
+    classes = Image.fromarray(classes).resize(image.size, Image.Resampling.NEAREST)
+    uncertainty = Image.fromarray(uncertainty).resize(image.size, Image.Resampling.BILINEAR)
+    return np.asarray(classes), np.asarray(uncertainty)
+
+
+def tiled_maps(networks: Networks, image: Image.Image, inference: InferenceSettings) -> Maps:
+    """The maps of a large image at its own size, tile by tile."""
     width, height = image.size
-
-    def maps(part: Image.Image, size: tuple[int, int]):
-        pixels = data.to_input(part, data.in_proportion(part, args.image_size))
-        pixels = pixels[None].to(args.device)
-        output = predict(networks, pixels, size, args)[name]
-        u = output.scores[args.primary[name]][0] / unit(args.primary["teacher"], len(args.classes))
-        u = u.clamp(0, 1)
-        return output.probs[0].argmax(dim=0).to(torch.uint8).cpu().numpy(), u.cpu().numpy()
-
-    if height * width <= LARGE:
-        return maps(image, (height, width))
-    if args.image_size:
-        factor = math.sqrt(LARGE / (height * width))
-        small = maps(image, tuple(max(1, int(factor * side)) for side in (height, width)))
-        methods = Image.Resampling.NEAREST, Image.Resampling.BILINEAR
-        return tuple(np.asarray(Image.fromarray(values).resize((width, height), method))
-                     for values, method in zip(small, methods, strict=True))  # fmt: skip
-    labels, u = np.zeros((height, width), np.uint8), np.zeros((height, width), np.float32)
+    classes = np.zeros((height, width), np.uint8)
+    uncertainty = np.zeros((height, width), np.float32)
     for top, left in itertools.product(range(0, height, TILE), range(0, width, TILE)):
-        y, x = max(0, top - CONTEXT), max(0, left - CONTEXT)
-        part = image.crop((x, y, min(width, left + TILE + CONTEXT),
-                           min(height, top + TILE + CONTEXT)))  # fmt: skip
-        inside = slice(top - y, top - y + TILE), slice(left - x, left - x + TILE)
-        place = slice(top, top + TILE), slice(left, left + TILE)
-        for whole, values in zip((labels, u), maps(part, part.size[::-1]), strict=True):
-            whole[place] = values[inside]
-    return labels, u
+        # The network sees the tile and CONTEXT pixels around it, as far as the image goes.
+        y0 = max(0, top - CONTEXT)
+        x0 = max(0, left - CONTEXT)
+        y1 = min(height, top + TILE + CONTEXT)
+        x1 = min(width, left + TILE + CONTEXT)
+        part = image.crop((x0, y0, x1, y1))
+        part_classes, part_uncertainty = maps_at(
+            networks, part, (part.height, part.width), None, inference
+        )
+        # Only the tile itself is kept.
+        inside = (slice(top - y0, top - y0 + TILE), slice(left - x0, left - x0 + TILE))
+        tile = (slice(top, top + TILE), slice(left, left + TILE))
+        classes[tile] = part_classes[inside]
+        uncertainty[tile] = part_uncertainty[inside]
+    return classes, uncertainty
 
 
-def save_maps(networks: Networks, image: Image.Image, args, path: Path) -> None:
-    """<path>_classes.png (indexed), _overlay.png, _uncertainty.png (viridis, up to the image's
-    maximum) and _uncertainty16.png (u * 65535, 16-bit grey)."""
-    labels, u = predict_maps(networks, image, args)
-    classes, colours = Image.fromarray(labels).convert("P"), colourise(labels, args.palette)
-    classes.putpalette(np.array(args.palette, np.uint8).tobytes())
+def save_maps(
+    path: Path,
+    image: Image.Image,
+    classes: np.ndarray,
+    uncertainty: np.ndarray,
+    palette: Sequence[RGB],
+) -> None:
+    """Write <path>_classes.png (indexed), _overlay.png, _uncertainty.png (viridis, up to the
+    image's maximum) and _uncertainty16.png (uncertainty * 65535, 16-bit grey)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    classes.save(f"{path}_classes.png")
-    Image.blend(image, Image.fromarray(colours), 0.5).save(f"{path}_overlay.png")
-    Image.fromarray(viridis(u / max(u.max(), 1e-6))).save(f"{path}_uncertainty.png")
-    Image.fromarray((u * 65535).round().astype(np.uint16)).save(f"{path}_uncertainty16.png")
+    indexed = Image.fromarray(classes).convert("P")
+    indexed.putpalette(np.array(palette, np.uint8).tobytes())
+    indexed.save(f"{path}_classes.png")
+    colours = Image.fromarray(colourise(classes, palette))
+    Image.blend(image, colours, 0.5).save(f"{path}_overlay.png")
+    heat = viridis(uncertainty / max(uncertainty.max(), 1e-6))
+    Image.fromarray(heat).save(f"{path}_uncertainty.png")
+    grey = (uncertainty * 65535).round().astype(np.uint16)
+    Image.fromarray(grey).save(f"{path}_uncertainty16.png")
 
 
-# ---------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 # Viridis at 26 evenly spaced values; linear in between it is within 2/255 of the full table.
-VIRIDIS = np.frombuffer(bytes.fromhex(
-    "440154470f62481d6f472b7a4437814043873c4e8a37598c31648d2d6e8e29788e26818e228a8d"
-    "1f958b1e9e8822a7842bb17d39b9764dc26b62ca5f79d15192d741addc30cae01ee4e318fde724"), np.uint8)
-PANEL_SIDE, MARGIN = 360, 14  # pixels: the longer side of a picture in a panel, and around it
-INK, OUTLINE = (60, 60, 60), (213, 94, 0)
+VIRIDIS = np.frombuffer(
+    bytes.fromhex(
+        "440154470f62481d6f472b7a4437814043873c4e8a37598c31648d2d6e8e29788e26818e228a8d"
+        "1f958b1e9e8822a7842bb17d39b9764dc26b62ca5f79d15192d741addc30cae01ee4e318fde724"
+    ),
+    np.uint8,
+)
+PANEL_SIDE = 360  # pixels: the longer side of a picture in a panel
+PANEL_MARGIN = 14  # pixels: around it
+PANEL_TITLE = 24  # pixels: from the top of a cell to its picture
+PANEL_COLUMNS = 5
+LEGEND_ROW = 28  # pixels
+LEGEND_COLUMNS = 4
+INK = (60, 60, 60)
+FRAME = (200, 200, 200)
+OUTLINE = (213, 94, 0)  # of anomalies
 
 
 def viridis(values) -> np.ndarray:
-    """Colours of values in [0, 1] (clipped; NaN is 0) as uint8 `[..., 3]`."""
-    place = 25 * np.nan_to_num(np.asarray(values, dtype=np.float32)).clip(0, 1)
-    colours = [np.interp(place, np.arange(26), VIRIDIS[channel::3]) for channel in range(3)]
+    """Colours of values in [0, 1] (clipped; NaN is 0) as uint8 [..., 3]."""
+    values = np.nan_to_num(np.asarray(values, dtype=np.float32)).clip(0, 1)
+    position = 25 * values  # between the 26 colours of the table
+    colours = [np.interp(position, np.arange(26), VIRIDIS[channel::3]) for channel in range(3)]
     return np.stack(colours, axis=-1).round().astype(np.uint8)
 
 
-def colourise(labels, palette) -> np.ndarray:
-    """Class ids `[H, W]` as uint8 RGB `[H, W, 3]`; void and padding are black."""
+def colourise(labels, palette: Sequence[RGB]) -> np.ndarray:
+    """Class numbers [H, W] as uint8 RGB [H, W, 3]; void and padding are black."""
     table = np.zeros((256, 3), np.uint8)
     table[: len(palette)] = palette
     return table[np.asarray(labels, dtype=np.uint8)]
 
 
-def panel(photo: Image.Image, labels, rows, palette, names, anomalies: bool, shown: str):
+def choose_images(accuracy: list[float], count: int) -> list[tuple[str, int]]:
+    """(title, index) of images from the best to the worst by pixel accuracy, evenly spread."""
+    order = [i for i in np.argsort(accuracy)[::-1] if not math.isnan(accuracy[i])]
+    last = len(order) - 1
+    count = min(count, len(order))
+    chosen = []
+    for k in range(count):
+        rank = last * k // max(1, count - 1)
+        if rank == 0:
+            title = "best"
+        elif rank == last // 2:
+            title = "median"
+        elif rank == last:
+            title = "worst"
+        else:
+            title = f"rank {rank + 1}"
+        chosen.append((title, int(order[rank])))
+    return chosen
+
+
+class PanelRow(NamedTuple):
+    """What one network predicts for an image."""
+
+    name: str  # of the network
+    prediction: np.ndarray  # classes [H, W]
+    uncertainty: np.ndarray  # float32 [H, W]
+
+
+@torch.inference_mode()
+def draw_panels(
+    networks: Networks,
+    dataset: Dataset,
+    chosen: list[tuple[str, int]],
+    folder: Path,
+    inference: InferenceSettings,
+    anomalies: bool = False,
+) -> list[tuple[str, Path]]:
+    """Draw one PNG panel in `folder` for each (title, index) of `chosen`; returns (title, file) of
+    each. With `anomalies` the data set's labels are the masks of an OOD set."""
+    panels = []
+    for title, index in chosen:
+        image, labels, _ = dataset[index]
+        outputs = predict(networks, image[None].to(inference.device), labels.shape, inference.amp)
+        rows = []
+        for name in ("student", "teacher"):
+            if name not in outputs:
+                continue
+            prediction = model.predicted_class(outputs[name].probs)[0].cpu().numpy()
+            uncertainty = outputs[name].scores[networks.shown_score(name)][0].cpu().numpy()
+            rows.append(PanelRow(name, prediction, uncertainty))
+        photo = Image.fromarray(image.permute(1, 2, 0).numpy())
+        height, width = labels.shape
+        photo = photo.resize((width, height), Image.BILINEAR)
+        sheet = draw_panel(photo, labels.numpy(), rows, networks, anomalies)
+        image_name = dataset.names[index]
+        path = folder / f"{title.replace(' ', '_')}_{image_name}.png"
+        sheet.save(path)
+        panels.append((f"{title}: {image_name}", path))
+    return panels
+
+
+def remove_old_panels(folder: Path, panels: list[tuple[str, Path]]) -> None:
+    """Remove the PNG files that an earlier run left among the panels of this one."""
+    written = {path for _, path in panels}
+    for path in folder.glob("*.png"):
+        if path not in written and path.is_file():
+            path.unlink()
+
+
+def draw_panel(
+    photo: Image.Image,
+    labels: np.ndarray,
+    rows: list[PanelRow],
+    networks: Networks,
+    anomalies: bool,
+) -> Image.Image:
     """The paper's five columns: image, ground truth, prediction, accuracy map, uncertainty.
 
-    labels: `[H, W]`, class ids (254 and 255 are void) or, with `anomalies`, 0, 1 anomaly, 255 void.
-    rows: one `(model name, prediction [H, W], uncertainty [H, W])` a network, one below the other.
-    shown: what the colour bar tells. Returns an image.
+    labels: [H, W], classes (254 and 255 are void) or, with `anomalies`, 0, 1 anomaly, 255 void.
+    One row per network; below the rows are a legend and a colour bar.
     """
-    size = tuple(max(1, round(side * PANEL_SIDE / max(photo.size))) for side in photo.size)
-    width, height = max(size[0], 260) + MARGIN, size[1] + 40  # of a cell, with title and gap
-    top = max(1e-6, *(float(np.nanmax(uncertainty)) for _, _, uncertainty in rows))
-    maps = [prediction for _, prediction, _ in rows] + ([] if anomalies else [labels])
-    legend = [(c, name) for c, name in (*enumerate(names), (data.VOID, "void"))
-              if any((m == c).any() for m in maps)]
-    strip = MARGIN + height * len(rows)  # where legend and colour bar begin
-    bottom = strip + max(80, 28 * math.ceil(len(legend) / 4) + MARGIN)
-    sheet = Image.new("RGB", (MARGIN + 5 * width, bottom), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.font = ImageFont.load_default(19)
+    palette = networks.palette
+    class_maps = [row.prediction for row in rows]
+    if not anomalies:
+        class_maps.append(labels)
+    legend = classes_seen(class_maps, networks.classes)
+    sheet = PanelSheet(photo, len(rows), len(legend))
 
-    def put(row, column, title, pixels):
-        x, y = MARGIN + column * width, MARGIN + row * height
-        method = Image.NEAREST if 0 < column < 4 else Image.BILINEAR  # class colours do not blend
-        draw.text((x, y - 4), title, fill=INK)
-        sheet.paste(Image.fromarray(pixels).resize(size, method), (x, y + 24))
-        draw.rectangle((x - 1, y + 23, x + size[0], y + 24 + size[1]), outline=(200, 200, 200))
-
-    put(0, 0, "image", np.asarray(photo))
+    sheet.put(0, 0, "image", np.asarray(photo), smooth=True)
     if anomalies:
-        mask = Image.fromarray(255 * (labels == 1).astype(np.uint8)).resize(size)
-        edge = np.asarray(mask.filter(ImageFilter.MaxFilter(7))) > np.asarray(mask)
-        outlined = np.where(edge[..., None], OUTLINE, np.asarray(photo.resize(size)))
-        put(0, 1, "anomaly, outlined", outlined.astype(np.uint8))
+        sheet.put(0, 1, "anomaly, outlined", outlined(photo, labels == 1, sheet.picture_size))
     else:
-        put(0, 1, "ground truth", colourise(labels, palette))
-    for i, (name, prediction, uncertainty) in enumerate(rows):
-        put(i, 2, f"{name}: prediction", colourise(prediction, palette))
-        white = labels != (0 if anomalies else prediction)  # void differs from every class
-        put(i, 3, f"white: {'anomaly' if anomalies else 'wrong'} or void", white)
-        put(i, 4, f"{name}: uncertainty", viridis(uncertainty / top))
-    for i, (c, name) in enumerate(legend):
-        x, y = MARGIN + i % 4 * width, strip + 28 * (i // 4)
-        draw.rectangle((x, y, x + 19, y + 19), fill=tuple(colourise(c, palette).tolist()))
-        draw.text((x + 28, y), name, fill=INK)
-    x, right = MARGIN + 4 * width, 5 * width
-    ramp = viridis(np.tile(np.linspace(0, 1, right - x), (20, 1)))
-    sheet.paste(Image.fromarray(ramp), (x, strip))
-    draw.text((x, strip + 24), "0", fill=INK)
-    draw.text((right, strip + 24), f"{top:.3g}", fill=INK, anchor="ra")
-    draw.text(((x + right) / 2, strip + 46), shown, INK, anchor="ma")
-    return sheet
+        sheet.put(0, 1, "ground truth", colourise(labels, palette))
+    highest = 1e-6  # the largest uncertainty of all rows, which share the colour bar
+    for row in rows:
+        highest = max(highest, float(np.nanmax(row.uncertainty)))
+    for number, row in enumerate(rows):
+        sheet.put(number, 2, f"{row.name}: prediction", colourise(row.prediction, palette))
+        if anomalies:
+            sheet.put(number, 3, "white: anomaly or void", labels != 0)
+        else:  # void differs from every class
+            sheet.put(number, 3, "white: wrong or void", labels != row.prediction)
+        heat = viridis(row.uncertainty / highest)
+        sheet.put(number, 4, f"{row.name}: uncertainty", heat, smooth=True)
+
+    sheet.draw_legend(legend, palette)
+    measure = networks.shown_measure.replace("_", " ")
+    if networks.shown_measure == "std":
+        measure = "std of predicted class's prob."
+    sheet.draw_colour_bar(f"{highest:.3g}", measure)
+    return sheet.image
 
 
-# ---------------------------------------------------------------- charts
+def classes_seen(class_maps: list[np.ndarray], classes: Sequence[str]) -> list[tuple[int, str]]:
+    """(number, name) of the classes that occur in a map, and of void."""
+    seen = []
+    for number, name in [*enumerate(classes), (data.VOID, "void")]:
+        if any((class_map == number).any() for class_map in class_maps):
+            seen.append((number, name))
+    return seen
+
+
+def outlined(photo: Image.Image, anomaly: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The photo at `size` (width, height) with a line around the anomalies, bool [H, W]."""
+    mask = Image.fromarray(255 * anomaly.astype(np.uint8)).resize(size)
+    edge = np.asarray(mask.filter(ImageFilter.MaxFilter(7))) > np.asarray(mask)
+    return np.where(edge[..., None], OUTLINE, np.asarray(photo.resize(size))).astype(np.uint8)
+
+
+class PanelSheet:
+    """A white sheet with cells for titled pictures, and a strip for legend and colour bar."""
+
+    def __init__(self, photo: Image.Image, rows: int, legend_entries: int):
+        longer_side = max(photo.size)
+        width = max(1, round(photo.width * PANEL_SIDE / longer_side))
+        height = max(1, round(photo.height * PANEL_SIDE / longer_side))
+        self.picture_size = (width, height)
+        self.cell_width = max(width, 260) + PANEL_MARGIN
+        self.cell_height = height + 40
+        self.strip_top = PANEL_MARGIN + self.cell_height * rows
+        legend_height = LEGEND_ROW * math.ceil(legend_entries / LEGEND_COLUMNS)
+        bottom = self.strip_top + max(80, legend_height + PANEL_MARGIN)
+        right = PANEL_MARGIN + PANEL_COLUMNS * self.cell_width
+        self.image = Image.new("RGB", (right, bottom), "white")
+        self.draw = ImageDraw.Draw(self.image)
+        self.draw.font = ImageFont.load_default(19)
+
+    def put(
+        self, row: int, column: int, title: str, pixels: np.ndarray, smooth: bool = False
+    ) -> None:
+        """Draw a picture, uint8 [H, W, 3] or bool [H, W], with its title in a cell.
+
+        smooth: blend pixels when the picture is resized, as class colours must not be.
+        """
+        x = PANEL_MARGIN + column * self.cell_width
+        y = PANEL_MARGIN + row * self.cell_height
+        method = Image.BILINEAR if smooth else Image.NEAREST
+        picture = Image.fromarray(pixels).resize(self.picture_size, method)
+        width, height = self.picture_size
+        frame = (x - 1, y + PANEL_TITLE - 1, x + width, y + PANEL_TITLE + height)
+        self.draw.text((x, y - 4), title, fill=INK)
+        self.image.paste(picture, (x, y + PANEL_TITLE))
+        self.draw.rectangle(frame, outline=FRAME)
+
+    def draw_legend(self, legend: list[tuple[int, str]], palette: Sequence[RGB]) -> None:
+        """Draw the colour and name of each class, (number, name), below the first four columns."""
+        for i, (number, name) in enumerate(legend):
+            x = PANEL_MARGIN + i % LEGEND_COLUMNS * self.cell_width
+            y = self.strip_top + LEGEND_ROW * (i // LEGEND_COLUMNS)
+            colour = tuple(colourise(number, palette).tolist())
+            self.draw.rectangle((x, y, x + 19, y + 19), fill=colour)
+            self.draw.text((x + 28, y), name, fill=INK)
+
+    def draw_colour_bar(self, highest: str, measure: str) -> None:
+        """Draw the colours of the uncertainty from 0 to `highest` below the last column."""
+        left = PANEL_MARGIN + 4 * self.cell_width
+        right = 5 * self.cell_width
+        top = self.strip_top
+        ramp = viridis(np.tile(np.linspace(0, 1, right - left), (20, 1)))
+        self.image.paste(Image.fromarray(ramp), (left, top))
+        self.draw.text((left, top + 24), "0", fill=INK)
+        self.draw.text((right, top + 24), highest, fill=INK, anchor="ra")
+        self.draw.text(((left + right) / 2, top + 46), measure, INK, anchor="ma")
+
+
+# ------------------------------------------------------------------------------------------- charts
 
 # Okabe-Ito without its yellow: distinct to the colour-blind, visible on white and on black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#8a8a8a")
 DASHES = ("none", "6 5", "1 5")
-CHART_WIDTH, LEFT, RIGHT, TOP, BOTTOM = 420, 44, 408, 50, 250  # of the SVG, and its plot's edges
+CHART_WIDTH = 420
+LEFT = 44  # edges of a chart's plot
+RIGHT = 408
+TOP = 50
+BOTTOM = 250
+CHART_GAP = 10  # between the charts of a sheet
 
 
-def _ticks(values, low, high) -> list[float]:
-    """About five round numbers that span low to high, or where they are None the values."""
-    seen = [v for v in values if math.isfinite(v)]
-    low = min(seen, default=0) if low is None else low
-    high = max(seen, default=1) if high is None else high
-    raw = (high - low) / 5 or 0.2
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+class Series(NamedTuple):
+    """One curve of a chart."""
+
+    label: str
+    xs: Sequence[float]
+    ys: Sequence[float]  # NaN breaks the line
+    colour: int  # index into COLOURS
+    dash: int  # index into DASHES
 
 
-def _text(x, y, text, anchor="start", weight="normal") -> str:
-    return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" '
-            f'fill="currentColor">{html.escape(text)}</text>')
+class Chart(NamedTuple):
+    """A drawn chart, `CHART_WIDTH` wide."""
+
+    svg: str
+    height: int
 
 
-def line_chart(title, series, xlabel, ylabel, limits, diagonal=False) -> str:
-    """Curves as an SVG string.
+class Limits(NamedTuple):
+    """The values at the ends of both axes; None: as far as the data reach."""
 
-    series: `(label, xs, ys, colour index, dash index)`; NaN breaks the line. limits: `(x0, x1, y0,
-    y1)`, None where the data decide. diagonal: draw y = x.
-    """
-    xticks = _ticks([x for item in series for x in item[1]], *limits[:2])
-    yticks = _ticks([y for item in series for y in item[2]], *limits[2:])
+    x0: float | None = None
+    x1: float | None = None
+    y0: float | None = None
+    y1: float | None = None
 
-    def point(x, y):
-        right = LEFT + (x - xticks[0]) / (xticks[-1] - xticks[0]) * (RIGHT - LEFT)
-        down = BOTTOM - (y - yticks[0]) / (yticks[-1] - yticks[0]) * (BOTTOM - TOP)
-        return right, down
 
-    parts = [_text(0, 14, title, weight="bold"), _text(0, 35, ylabel),
-             _text(RIGHT, BOTTOM + 33, xlabel, "end")]
-    parts += [_text(point(x, 0)[0], BOTTOM + 16, f"{x:g}", "middle") for x in xticks]
-    for y in yticks:
-        height = point(0, y)[1]
-        parts.append(f'<path d="M{LEFT} {height:.1f}H{RIGHT}" stroke="#8885"/>')
-        parts.append(_text(LEFT - 7, height + 4, f"{y:g}", "end"))
-    if diagonal:
-        ends = max(xticks[0], yticks[0]), min(xticks[-1], yticks[-1])
-        series = [*series, ("y = x", ends, ends, 3, 2)]
-    for i, (label, xs, ys, colour, dash) in enumerate(series):
-        line = (f'stroke="{COLOURS[colour]}" stroke-dasharray="{DASHES[dash]}" stroke-width="2" '
-                'stroke-linecap="round" stroke-linejoin="round"')
-        path, joined = "", False
-        for x, y in zip(xs, ys, strict=True):
-            if known := math.isfinite(x + y):  # "h0" makes a dot of a point that stands alone
-                path += ("L" if joined else "M") + "{:.1f} {:.1f}h0".format(*point(x, y))
+def round_ticks(values: Sequence[float], low: float | None, high: float | None) -> list[float]:
+    """About five round numbers from low to high; None: the smallest or the largest value."""
+    finite = [value for value in values if math.isfinite(value)]
+    if low is None:
+        low = min(finite, default=0)
+    if high is None:
+        high = max(finite, default=1)
+    raw_step = (high - low) / 5
+    if raw_step == 0:
+        raw_step = 0.2
+    power = 10 ** math.floor(math.log10(raw_step))
+    steps = [multiple * power for multiple in (1, 2, 2.5, 5, 10)]
+    step = next(step for step in steps if step >= raw_step * 0.999)
+    first = math.floor(low / step + 1e-6)
+    last = max(math.ceil(high / step - 1e-6), first + 1)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+class Axes:
+    """The ticks of both axes, and where a point lies in the plot."""
+
+    def __init__(self, series: Sequence[Series], limits: Limits):
+        xs = itertools.chain.from_iterable(curve.xs for curve in series)
+        ys = itertools.chain.from_iterable(curve.ys for curve in series)
+        self.xticks = round_ticks(list(xs), limits.x0, limits.x1)
+        self.yticks = round_ticks(list(ys), limits.y0, limits.y1)
+
+    def right(self, x: float) -> float:
+        """Pixels from the left edge of the chart."""
+        first = self.xticks[0]
+        last = self.xticks[-1]
+        return LEFT + (x - first) / (last - first) * (RIGHT - LEFT)
+
+    def down(self, y: float) -> float:
+        """Pixels from the top edge of the chart."""
+        first = self.yticks[0]
+        last = self.yticks[-1]
+        return BOTTOM - (y - first) / (last - first) * (BOTTOM - TOP)
+
+    def diagonal(self) -> Series:
+        """The line y = x from one end of the plot to the other."""
+        low = max(self.xticks[0], self.yticks[0])
+        high = min(self.xticks[-1], self.yticks[-1])
+        return Series("y = x", (low, high), (low, high), colour=3, dash=2)
+
+    def path(self, curve: Series) -> str:
+        """The curve as the "d" of an SVG path."""
+        path = ""
+        joined = False
+        for x, y in zip(curve.xs, curve.ys, strict=True):
+            known = math.isfinite(x + y)
+            if known:
+                command = "L" if joined else "M"
+                # "h0" makes a dot of a point that stands alone
+                path += f"{command}{self.right(x):.1f} {self.down(y):.1f}h0"
             joined = known
-        x, y = i % 2 * CHART_WIDTH / 2, BOTTOM + 57 + 18 * (i // 2)  # the legend, two in a line
-        parts += [f'<path d="{path}" {line}/>', f'<path d="M{x + 1} {y - 4}h22" {line}/>',
-                  _text(x + 30, y, label)]
-    return ('<svg xmlns="http://www.w3.org/2000/svg" role="img" fill="none" '
-            f'viewBox="0 0 {CHART_WIDTH} {BOTTOM + 65 + 18 * ((len(series) - 1) // 2)}" '
-            'font-family="system-ui,sans-serif" font-size="11">'
-            f"<title>{html.escape(title)}</title>{''.join(parts)}</svg>")
+        return path
 
 
-def chart_sheet(charts: list[str]) -> str:
-    """Charts side by side as an SVG file of their own, on white."""
-    heights = [int(chart.split('viewBox="0 0 ')[1].split('"')[0].split()[1]) for chart in charts]
-    width, height = (CHART_WIDTH + 10) * len(charts) + 6, max(heights) + 16
-    placed = "".join(chart.replace("<svg ", f'<svg x="{(CHART_WIDTH + 10) * i}" y="0" '
-                                   f'width="{CHART_WIDTH}" height="{h}" ', 1)
-                     for i, (chart, h) in enumerate(zip(charts, heights, strict=True)))  # fmt: skip
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-8 -8 {width} {height}" '
-            f'width="{width}" color="#444" style="background:#fff">{placed}</svg>\n')
+def svg_text(x: float, y: float, text: str, anchor: str = "start", weight: str = "normal") -> str:
+    """An SVG text in the text colour of the page."""
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" '
+        f'fill="currentColor">{html.escape(text)}</text>'
+    )
 
 
-# ---------------------------------------------------------------- tables and report
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    xlabel: str,
+    ylabel: str,
+    limits: Limits,
+    diagonal: bool = False,
+    background: str = "",
+) -> Chart:
+    """Draw curves. diagonal: draw the line y = x too; background: SVG to draw below everything."""
+    axes = Axes(series, limits)
+    parts = [
+        background,
+        svg_text(0, 14, title, weight="bold"),
+        svg_text(0, 35, ylabel),
+        svg_text(RIGHT, BOTTOM + 33, xlabel, "end"),
+    ]
+    for x in axes.xticks:
+        parts.append(svg_text(axes.right(x), BOTTOM + 16, f"{x:g}", "middle"))
+    for y in axes.yticks:
+        down = axes.down(y)
+        parts.append(f'<path d="M{LEFT} {down:.1f}H{RIGHT}" stroke="#8885"/>')
+        parts.append(svg_text(LEFT - 7, down + 4, f"{y:g}", "end"))
 
-COLUMNS = {  # key in metrics.json: heading with the better side, factor, digits
-    "miou": ("mIoU % ↑", 100, 2), "pixel_accuracy": ("pixel acc. % ↑", 100, 2),
-    "nll": ("NLL ↓", 1, 4), "brier": ("Brier ↓", 1, 4), "ece": ("ECE % ↓", 100, 2),
-    "auroc": ("AUROC % ↑", 100, 2), "ap": ("AP % ↑", 100, 2), "fpr95": ("FPR95 % ↓", 100, 2),
-    "component_f1": ("comp. F1 % ↑", 100, 2), "image_auroc_p99": ("image AUROC ↑", 100, 2),
-    "aurc": ("AURC ↓", 1, 4), "ause": ("AUSE ↓", 1, 4), "rmse": ("RMSE ↓", 1, 4),
-    "rmsle": ("RMSLE ↓", 1, 4), "pearson": ("Pearson ↑", 1, 3), "spearman": ("Spearman ↑", 1, 3),
-    "class_error": ("class error ↓", 1, 4), "parameters": ("parameters, M", 1e-6, 2),
-    "ms_per_image": ("ms / image ↓", 1, 1), "images_per_second": ("images / s ↑", 1, 2),
-    "compiled_ms_per_image": ("compiled, ms ↓", 1, 1),
-    "peak_memory_mb": ("memory, MB ↓", 1, 0), "iou": ("IoU %", 100, 1),
-    "uncertainty": ("uncertainty", 1, 4)}
-MODELS = ("student", "teacher", "member")  # the place is the model's colour in every chart
-DRAWN = {"": 0, "dudes": 0, "std": 0, "entropy": 1}  # the scores in the charts and their dashes
+    series = list(series)
+    if diagonal:
+        series.append(axes.diagonal())
+    for i, curve in enumerate(series):
+        line = (
+            f'stroke="{COLOURS[curve.colour]}" stroke-dasharray="{DASHES[curve.dash]}" '
+            'stroke-width="2" stroke-linecap="round" stroke-linejoin="round"'
+        )
+        parts.append(f'<path d="{axes.path(curve)}" {line}/>')
+        # the legend, two entries per row
+        x = i % 2 * CHART_WIDTH / 2
+        y = BOTTOM + 57 + 18 * (i // 2)
+        parts.append(f'<path d="M{x + 1} {y - 4}h22" {line}/>')
+        parts.append(svg_text(x + 30, y, curve.label))
+
+    height = BOTTOM + 65 + 18 * ((len(series) - 1) // 2)
+    head = (
+        '<svg xmlns="http://www.w3.org/2000/svg" role="img" fill="none" '
+        f'viewBox="0 0 {CHART_WIDTH} {height}" '
+        'font-family="system-ui,sans-serif" font-size="11">'
+    )
+    return Chart(f"{head}<title>{html.escape(title)}</title>{''.join(parts)}</svg>", height)
 
 
-def _number(figures: dict, key: str) -> str:
+def chart_sheet(charts: Sequence[Chart]) -> str:
+    """The text of an SVG file with charts side by side, on white."""
+    step = CHART_WIDTH + CHART_GAP
+    placed = ""
+    for i, chart in enumerate(charts):
+        opening = f'<svg x="{step * i}" y="0" width="{CHART_WIDTH}" height="{chart.height}" '
+        placed += chart.svg.replace("<svg ", opening, 1)
+    width = step * len(charts) + 6
+    height = max(chart.height for chart in charts) + 16
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-8 -8 {width} {height}" '
+        f'width="{width}" color="#444" style="background:#fff">{placed}</svg>\n'
+    )
+
+
+# ----------------------------------------------------------------------------------- report: tables
+
+
+class Column(NamedTuple):
+    """How a number of metrics.json is printed."""
+
+    heading: str  # with an arrow to the better side
+    factor: float
+    digits: int
+
+
+COLUMNS = {  # by the key in metrics.json
+    "miou": Column("mIoU % ↑", 100, 2),
+    "pixel_accuracy": Column("pixel acc. % ↑", 100, 2),
+    "nll": Column("NLL ↓", 1, 4),
+    "brier": Column("Brier ↓", 1, 4),
+    "ece": Column("ECE % ↓", 100, 2),
+    "auroc": Column("AUROC % ↑", 100, 2),
+    "ap": Column("AP % ↑", 100, 2),
+    "fpr95": Column("FPR95 % ↓", 100, 2),
+    "component_f1": Column("comp. F1 % ↑", 100, 2),
+    "image_auroc_p99": Column("image AUROC ↑", 100, 2),
+    "aurc": Column("AURC ↓", 1, 4),
+    "ause": Column("AUSE ↓", 1, 4),
+    "rmse": Column("RMSE ↓", 1, 4),
+    "rmsle": Column("RMSLE ↓", 1, 4),
+    "pearson": Column("Pearson ↑", 1, 3),
+    "spearman": Column("Spearman ↑", 1, 3),
+    "class_error": Column("class error ↓", 1, 4),
+    "parameters": Column("parameters, M", 1e-6, 2),
+    "ms_per_image": Column("ms / image ↓", 1, 1),
+    "images_per_second": Column("images / s ↑", 1, 2),
+    "compiled_ms_per_image": Column("compiled, ms ↓", 1, 1),
+    "peak_memory_mb": Column("memory, MB ↓", 1, 0),
+    "iou": Column("IoU %", 100, 1),
+    "uncertainty": Column("uncertainty", 1, 4),
+}
+NETWORKS = ("student", "teacher", "member")  # in the order of COLOURS, in every chart
+
+
+class Section(NamedTuple):
+    """A part of the report; its pictures, if it has any, are made by `pictures_html`."""
+
+    key: str  # of its part of metrics.json; of an OOD set "ood/<name>", of the panels "images"
+    heading: str
+    explanation: str  # how to read it, plain text
+    headings: Sequence[str] = ()  # of the table's columns
+    rows: Sequence[list[str]] = ()
+
+
+def number_text(results: dict, key: str) -> str:
     """A number as text, mean ± standard deviation where it has those, a dash if it is unknown."""
-    _, factor, digits = COLUMNS[key]
-    values = [figures.get(key + end) for end in ("", "_mean", "_std")]
-    return " ± ".join(f"{v * factor:,.{digits}f}" for v in values if v is not None) or "–"
+    column = COLUMNS[key]
+    numbers = []
+    for ending in ("", "_mean", "_std"):
+        value = results.get(key + ending)
+        if value is not None:
+            numbers.append(f"{value * column.factor:,.{column.digits}f}")
+    if not numbers:
+        return "–"
+    return " ± ".join(numbers)
 
 
-def _ordered(scores: dict) -> list[tuple[str, str, dict]]:
-    """(model, score or "", figures) of `{"model/score" or "model": figures}`, student first."""
-    rows = [(*key.partition("/")[::2], figures) for key, figures in scores.items() if figures]
-    return sorted(rows, key=lambda row: (*MODELS, row[0]).index(row[0]))
+def in_order(results: dict[str, dict]) -> list[tuple[str, str, dict]]:
+    """The results by "<network>" or "<network>/<score>" as rows (network, score or "", results), in
+    the order of `NETWORKS`."""
+
+    def sort_key(row: tuple[str, str, dict]) -> int:
+        network = row[0]
+        return NETWORKS.index(network) if network in NETWORKS else len(NETWORKS)
+
+    rows = []
+    for key, row_results in results.items():
+        if row_results:
+            network, _, score = key.partition("/")
+            rows.append((network, score, row_results))
+    return sorted(rows, key=sort_key)
 
 
-def _table(scores: dict, *keys: str) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows, all of it text."""
-    rows = [[f"{network} {score}".replace("_", " "), *(_number(figures, key) for key in keys)]
-            for network, score, figures in _ordered(scores)]
-    return ["", *(COLUMNS[key][0] for key in keys)], rows
+def table_section(
+    key: str,
+    heading: str,
+    explanation: str,
+    results: dict[str, dict],
+    columns: Sequence[str],
+) -> Section:
+    """A section with a table: the named `COLUMNS`, one row per network or score of `results`."""
+    headings = [""]
+    for column in columns:
+        headings.append(COLUMNS[column].heading)
+    rows = []
+    for network, score, row_results in in_order(results):
+        label = f"{network} {score}".replace("_", " ")
+        rows.append([label, *(number_text(row_results, column) for column in columns)])
+    return Section(key, heading, explanation, headings, rows)
+
+
+def class_section(classes: list[dict]) -> Section:
+    """IoU and mean uncertainty of each class by each network that has them."""
+    columns = []
+    for kind in ("iou", "uncertainty"):
+        for network in NETWORKS:
+            if any(row[kind].get(network) is not None for row in classes):
+                columns.append((kind, network))
+    rows = []
+    for row in classes:
+        cells = [number_text({kind: row[kind][network]}, kind) for kind, network in columns]
+        rows.append([row["name"], *cells])
+    headings = ["class", *(f"{network} {COLUMNS[kind].heading}" for kind, network in columns)]
+    explanation = "Uncertainty: mean over the pixels that a network predicts as the class."
+    return Section("classes", "Classes", explanation, headings, rows)
+
+
+def protocol_section(protocol: dict) -> Section:
+    """What the results depend on, one row per setting."""
+    rows = []
+    for setting, value in protocol.items():
+        if setting != "ood":
+            rows.append([setting, "–" if value is None else str(value)])
+    headings = ["setting", "value"]
+    return Section("protocol", "Protocol", "What the numbers depend on.", headings, rows)
+
+
+def sections(results: dict) -> list[Section]:
+    """The report's words and tables; results: the content of metrics.json."""
+    detection_columns = ["auroc", "ap", "fpr95"]
+    parts = [
+        table_section(
+            "segmentation",
+            "Segmentation",
+            "Arrows point to the better side.",
+            results["segmentation"],
+            ["miou", "pixel_accuracy", "nll", "brier", "ece"],
+        ),
+        table_section(
+            "uncertainty",
+            "Finding errors",
+            "Positive is a wrong pixel; each network is asked for its own errors.",
+            results["uncertainty"],
+            [*detection_columns, "aurc", "ause"],
+        ),
+    ]
+    for name, ood_results in results["ood"].items():
+        protocol = protocol_sentence(results["protocol"]["ood"][name])
+        part = table_section(
+            f"ood/{name}",
+            f"Anomalies: {name}",
+            "Positive is a pixel, a connected component or an image of what was never trained on. "
+            + protocol,
+            ood_results,
+            [*detection_columns, "component_f1", "image_auroc_p99"],
+        )
+        parts.append(part)
+    parts += [
+        table_section(
+            "fidelity",
+            "Fidelity",
+            "How closely the student’s uncertainty follows its teacher’s, by pixel.",
+            {"student": results["fidelity"]},
+            ["rmse", "rmsle", "pearson", "spearman", "class_error"],
+        ),
+        class_section(results["classes"]),
+        table_section(
+            "timing",
+            "Cost",
+            "From pixels to class and uncertainty.",
+            results["timing"],
+            [
+                "parameters",
+                "ms_per_image",
+                "images_per_second",
+                "compiled_ms_per_image",
+                "peak_memory_mb",
+            ],
+        ),
+        Section("images", "Images", "Good: uncertainty is bright where the accuracy map is white."),
+        protocol_section(results["protocol"]),
+    ]
+    return parts
 
 
 def results_table(results: dict) -> str:
     """The results as aligned ASCII text, at most 100 columns wide; - is unknown."""
-    plain, lines = str.maketrans({"±": "+-", "–": "-", "↑": "", "↓": ""}), []
-    for title, _, (headings, rows), _ in _sections(results):
-        if rows and title not in ("Classes", "Protocol"):
-            for label, *cells in ([""], [title, *headings[1:]], *rows):
-                cells = [cell.translate(plain).strip() for cell in cells]
-                lines.append(f"{label:<34.34}" + "".join(f"{cell:>13}" for cell in cells))
-    return "\n".join(line.rstrip() for line in lines[1:])
+    to_ascii = str.maketrans({"±": "+-", "–": "-", "↑": "", "↓": ""})
+    lines = []
+    for section in sections(results):
+        if not section.rows or section.key in ("classes", "protocol"):
+            continue
+        head = [section.heading, *section.headings[1:]]
+        if lines:
+            lines.append("")
+        for label, *cells in [head, *section.rows]:
+            line = f"{label:<34.34}"
+            for cell in cells:
+                line += f"{cell.translate(to_ascii).strip():>13}"
+            lines.append(line.rstrip())
+    return "\n".join(lines)
 
 
-def _html_table(head, rows) -> str:
-    """A table that scrolls inside its own box; nothing without rows."""
-    lines = ["<th>" + "<th>".join(html.escape(cell) for cell in head)]
-    lines += ["<th>" + "<td>".join(html.escape(cell) for cell in row) for row in rows]
-    return f'<div class="scroll"><table><tr>{"<tr>".join(lines)}</table></div>' if rows else ""
+# -------------------------------------------------------------------- report: pictures and the page
 
-
+# The selectors know the tables by their shape: `td:only-of-type` and `th:nth-child(2):last-child`
+# are the second column of a table with two, which is the protocol's; its text may wrap.
 STYLE = """
-:root{color-scheme:light dark}figure:has(img){width:100%;overflow-x:auto}
+:root{color-scheme:light dark}
+figure:has(img){width:100%;overflow-x:auto}
 body{max-width:1000px;margin:auto;padding:24px 16px;font:15px/1.5 system-ui,sans-serif}
-h1{font-size:15px;margin:0}h2{font-size:18px;margin:40px 0 4px}.lead{font-size:20px}p{margin:0}
+h1{font-size:15px;margin:0}
+h2{font-size:18px;margin:40px 0 4px}
+.lead{font-size:20px}
+p{margin:0}
 figure{display:inline-block;width:min(100%,470px);margin:14px 20px 14px 0;vertical-align:top}
-svg,img{width:100%;display:block;color:inherit}h2,p{break-after:avoid}tr,figure{break-inside:avoid}
-figcaption,table{font-size:13.5px}.scroll{overflow-x:auto;margin:10px 0}img{min-width:820px}
+svg,img{width:100%;display:block;color:inherit}
+h2,p{break-after:avoid}
+tr,figure{break-inside:avoid}
+figcaption,table{font-size:13.5px}
+.scroll{overflow-x:auto;margin:10px 0}
+img{min-width:820px}
 table{border-collapse:collapse;min-width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:4px 0 4px 18px;text-align:right;white-space:nowrap;border-bottom:1px solid #8885}
-th:first-child,td:only-of-type{text-align:left;font-weight:400}th:first-child{padding:0}
-th:nth-child(2):last-child{text-align:left}td:only-of-type{white-space:normal;overflow-wrap:anywhere}
-@media print{body{font-size:11px}.scroll{overflow:visible}img{min-width:0}figure{width:45%}}
+th:first-child,td:only-of-type{text-align:left;font-weight:400}
+th:first-child{padding:0}
+th:nth-child(2):last-child{text-align:left}
+td:only-of-type{white-space:normal;overflow-wrap:anywhere}
+@media print{
+body{font-size:11px}
+.scroll{overflow:visible}
+img{min-width:0}
+figure{width:45%}
+}
 """
-FIGURES = {  # curve: title, number in its labels, keys of x and y, axes, limits, what is good
-    "reliability": ("Reliability, with ECE in %", "ece", ("confidence", "accuracy"),
-                    "confidence: largest probability, %", "accuracy, %", (0, 100, 0, 100),
-                    "Good: on the diagonal. Below it the network is overconfident."),
-    "rejection": ("mIoU without the most uncertain pixels", None, None,
-                  "most uncertain pixels ignored, %", "mIoU of the rest, %", (0, 90, None, 100),
-                  "Good: rises at once and steeply. Far right, few classes may be left."),
-    "risk_coverage": ("Risk and coverage, with AURC", "aurc", ("coverage", "risk"),
-                      "most certain pixels kept, %", "wrong among them, %", (0, 100, 0, None),
-                      "Good: along the bottom for long. It ends at the network’s error rate."),
-    "roc": ("ROC, with AUROC in %", "auroc", ("fpr", "tpr"),
-            "false alarms: share of other pixels, %", "found: share of positive pixels, %",
-            (0, 100, 0, 100), "Good: up the left edge at once. The diagonal is guessing."),
-    "pr": ("Precision and recall, with AP in %", "ap", ("recall", "precision"),
-           "recall: share of positive pixels found, %", "precision: right among the alarms, %",
-           (0, 100, 0, 100), "Good: top right. Guessing is level at the share of positives.")}
 
 
-def _chart(name: str, scores: dict) -> str:
-    """The SVG of one kind of curve for every score that is drawn; empty where there is none."""
-    title, number, keys, xlabel, ylabel, limits, _ = FIGURES[name]
+class Curve(NamedTuple):
+    """A kind of curve in metrics.json and the chart that shows it, all numbers in %."""
+
+    title: str
+    number: str | None  # key of the number in each curve's label
+    points: tuple[str, str] | None  # keys of x and y; None: see `curve_points`
+    xlabel: str
+    ylabel: str
+    limits: Limits
+    caption: str  # what is good
+    diagonal: bool = False  # whether y = x is drawn
+
+
+CURVES = {  # by the key in metrics.json
+    "reliability": Curve(
+        title="Reliability, with ECE in %",
+        number="ece",
+        points=("confidence", "accuracy"),
+        xlabel="confidence: largest probability, %",
+        ylabel="accuracy, %",
+        limits=Limits(0, 100, 0, 100),
+        caption="Good: on the diagonal. Below it the network is overconfident.",
+        diagonal=True,
+    ),
+    "rejection": Curve(
+        title="mIoU without the most uncertain pixels",
+        number=None,
+        points=None,
+        xlabel="most uncertain pixels ignored, %",
+        ylabel="mIoU of the rest, %",
+        limits=Limits(0, 90, None, 100),
+        caption="Good: rises at once and steeply. Far right, few classes may be left.",
+    ),
+    "risk_coverage": Curve(
+        title="Risk and coverage, with AURC",
+        number="aurc",
+        points=("coverage", "risk"),
+        xlabel="most certain pixels kept, %",
+        ylabel="wrong among them, %",
+        limits=Limits(0, 100, 0, None),
+        caption="Good: along the bottom for long. It ends at the network’s error rate.",
+    ),
+    "roc": Curve(
+        title="ROC, with AUROC in %",
+        number="auroc",
+        points=("fpr", "tpr"),
+        xlabel="false alarms: share of other pixels, %",
+        ylabel="found: share of positive pixels, %",
+        limits=Limits(0, 100, 0, 100),
+        caption="Good: up the left edge at once. The diagonal is guessing.",
+        diagonal=True,
+    ),
+    "pr": Curve(
+        title="Precision and recall, with AP in %",
+        number="ap",
+        points=("recall", "precision"),
+        xlabel="recall: share of positive pixels found, %",
+        ylabel="precision: right among the alarms, %",
+        limits=Limits(0, 100, 0, 100),
+        caption="Good: top right. Guessing is level at the share of positives.",
+    ),
+}
+
+# The charts draw these scores only, so that they can be read; the tables list every score. To draw
+# another one, name it here with an index into DASHES. "" is for the curves that belong to a network
+# and not to a score.
+DRAWN_SCORES = {"": 0, "dudes": 0, "std": 0, "entropy": 1}
+
+
+def curve_chart(kind: str, results: dict[str, dict]) -> Chart | None:
+    """One of `CURVES` for every network and every one of `DRAWN_SCORES`; None if there are none."""
+    curve = CURVES[kind]
     series = []
-    for network, score, figures in _ordered(scores):
-        if name in figures and network in MODELS and score in DRAWN:
-            points = figures[name]
-            # a rejection curve is a bare list: a value for every tenth of the pixels ignored
-            points = [points[key] for key in keys] if keys else [np.arange(10) / 10, points]
-            label = f"{network} {score} {_number(figures, number) if number else ''}"
-            xs, ys = 100 * np.array(points, dtype=float)
-            series.append((label, xs, ys, MODELS.index(network), DRAWN[score]))
-    diagonal = name in ("reliability", "roc")
-    return line_chart(title, series, xlabel, ylabel, limits, diagonal) if series else ""
+    for network, score, row_results in in_order(results):
+        if kind not in row_results or network not in NETWORKS or score not in DRAWN_SCORES:
+            continue
+        number = "" if curve.number is None else number_text(row_results, curve.number)
+        xs, ys = curve_points(curve, row_results[kind])
+        colour = NETWORKS.index(network)
+        label = f"{network} {score} {number}"
+        series.append(Series(label, xs, ys, colour, DRAWN_SCORES[score]))
+    if not series:
+        return None
+    return line_chart(curve.title, series, curve.xlabel, curve.ylabel, curve.limits, curve.diagonal)
 
 
-def _curve(name: str, scores: dict) -> str:
-    """The chart with what is good about it."""
-    chart = _chart(name, scores)
-    return chart and _figure(chart, FIGURES[name][-1])
+def curve_points(curve: Curve, values) -> tuple[np.ndarray, np.ndarray]:
+    """x and y in %. A rejection curve is a bare list with one value per tenth of the pixels that is
+    ignored; the others are {"<x>": list, "<y>": list}."""
+    if curve.points is None:
+        xs = np.arange(10) / 10
+        ys = values
+    else:
+        x_key, y_key = curve.points
+        xs = values[x_key]
+        ys = values[y_key]
+    return 100 * np.array(xs, dtype=float), 100 * np.array(ys, dtype=float)
 
 
-def _figure(picture: str, caption: str) -> str:
+def curves_html(kinds: Sequence[str], results: dict[str, dict]) -> str:
+    """HTML of the named `CURVES`, each with its caption."""
+    text = ""
+    for kind in kinds:
+        chart = curve_chart(kind, results)
+        if chart is not None:
+            text += figure_html(chart.svg, CURVES[kind].caption)
+    return text
+
+
+def density_html(fidelity: dict) -> str:
+    """HTML of the joint histogram of both uncertainties, a picture inside a chart."""
+    counts = np.array(fidelity["density"], dtype=float)  # [student's, teacher's], from 0 up
+    shade = viridis(np.log1p(counts) / np.log1p(max(counts.max(), 1)))
+    opacity = np.where(counts > 0, 255, 0).astype(np.uint8)  # empty bins are transparent
+    pixels = np.dstack([shade, opacity])[::-1].copy()  # 0 is at the bottom
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, "PNG")
+
+    # The axes end at a round number, the picture at the largest value.
+    largest = fidelity["density_max"]
+    share = largest / round_ticks([], 0, largest)[-1]
+    width = share * (RIGHT - LEFT)
+    height = share * (BOTTOM - TOP)
+    picture = (
+        f'<image x="{LEFT}" y="{BOTTOM - height}" width="{width}" height="{height}" '
+        'preserveAspectRatio="none" image-rendering="pixelated" '
+        f'href="{data_uri(png.getvalue())}"/>'
+    )
+    measure = fidelity["measure"].replace("_", " ")
+    chart = line_chart(
+        "Pixels by uncertainty, yellow where most are",
+        [],
+        f"teacher: {measure}",
+        f"student: predicted {measure}",
+        Limits(0, largest, 0, largest),
+        diagonal=True,
+        background=picture,
+    )
+    caption = (
+        "Good: a narrow ridge on the diagonal. Below it the student is surer than its teacher."
+    )
+    return figure_html(chart.svg, caption)
+
+
+def pictures_html(results: dict, panels: list[tuple[str, Path]]) -> dict[str, str]:
+    """The HTML of the pictures of each section, by `Section.key`; arguments as for `report`."""
+    error_curves = ["rejection", "risk_coverage", "roc", "pr"]
+    pictures = {
+        "segmentation": curves_html(["reliability"], results["segmentation"]),
+        "uncertainty": curves_html(error_curves, results["uncertainty"]),
+    }
+    for name, ood_results in results["ood"].items():
+        pictures[f"ood/{name}"] = curves_html(["roc", "pr"], ood_results)
+    if results["fidelity"]:
+        pictures["fidelity"] = density_html(results["fidelity"])
+    pictures["images"] = ""
+    for title, file in panels:
+        image = f'<img alt="" src="{data_uri(file.read_bytes())}">'
+        pictures["images"] += figure_html(image, title)
+    return pictures
+
+
+def figure_html(picture: str, caption: str) -> str:
+    """A picture, given as HTML or SVG, with a caption below."""
     return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def _data_uri(png: bytes) -> str:
+def table_html(headings: Sequence[str], rows: Sequence[list[str]]) -> str:
+    """A table in a box that scrolls; "" where it has no rows."""
+    if not rows:
+        return ""
+    lines = ["<th>" + "<th>".join(html.escape(cell) for cell in headings)]
+    for row in rows:
+        lines.append("<th>" + "<td>".join(html.escape(cell) for cell in row))
+    return f'<div class="scroll"><table><tr>{"<tr>".join(lines)}</table></div>'
+
+
+def data_uri(png: bytes) -> str:
+    """A PNG as a data URI, which needs no file."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _density(fidelity: dict) -> str:
-    """The joint histogram of both uncertainties as a picture inside an empty chart."""
-    counts = np.array(fidelity["density"], dtype=float)  # [student's, teacher's], from 0 up
-    shade = viridis(np.log1p(counts) / np.log1p(counts.max() or 1))
-    pixels = np.dstack([shade, np.where(counts > 0, 255, 0).astype(np.uint8)])  # empty: transparent
-    png, top = io.BytesIO(), fidelity["density_max"]
-    Image.fromarray(pixels[::-1].copy()).save(png, "PNG")
-    share = top / _ticks([], 0, top)[-1]  # of the axes, which end at a round number
-    width, height = share * (RIGHT - LEFT), share * (BOTTOM - TOP)
-    picture = (f'<image x="{LEFT}" y="{BOTTOM - height}" width="{width}" height="{height}" '
-               'preserveAspectRatio="none" image-rendering="pixelated" '
-               f'href="{_data_uri(png.getvalue())}"/>')
-    note = "Good: a narrow ridge on the diagonal. Below it the student is surer than its teacher."
-    measure = fidelity["measure"].replace("_", " ")
-    chart = line_chart("Pixels by uncertainty, yellow where most are", [], f"teacher: {measure}",
-                       f"student: predicted {measure}", (0, top, 0, top), diagonal=True)
-    return _figure(chart.replace("</title>", "</title>" + picture), note)
+def percentages(results: dict[str, dict], number: str, keys: Sequence[str]) -> str:
+    """One number of the networks or scores `keys` in words; unknown ones are left out."""
+    texts = []
+    for key in keys:
+        value = results.get(key, {}).get(number)
+        if value is not None:
+            texts.append(f"{100 * value:.1f}\u00a0% ({key.replace('/', ' ')})")
+    return ", ".join(texts)
 
 
-def _headline(results: dict) -> str:
-    """The outcome in one sentence, made from the numbers that are there."""
-    def listed(part, number, keys):
-        values = {key.replace("/", " "): results[part].get(key, {}).get(number) for key in keys}
-        return ", ".join(f"{100 * v:.1f}\u00a0% ({k})" for k, v in values.items() if v is not None)
-
-    text = f"The mIoU is {listed('segmentation', 'miou', MODELS) or 'unknown'}"
+def headline(results: dict) -> str:
+    """The outcome in one sentence, from the numbers that are known."""
+    miou = percentages(results["segmentation"], "miou", NETWORKS)
+    text = f"The mIoU is {miou or 'unknown'}"
     scores = ("student/dudes", "teacher/std", "student/entropy", "member/entropy")
-    if auroc := listed("uncertainty", "auroc", scores):
+    auroc = percentages(results["uncertainty"], "auroc", scores)
+    if auroc:
         text += f"; wrong pixels are found with an AUROC of {auroc}"
-    times = [results["timing"].get(name, {}).get("ms_per_image") for name in MODELS[:2]]
-    if all(times):
-        text += f"; the student takes {100 * times[0] / times[1]:.0f}\u00a0% of the teacher’s time"
+    student_ms = results["timing"].get("student", {}).get("ms_per_image")
+    teacher_ms = results["timing"].get("teacher", {}).get("ms_per_image")
+    if student_ms and teacher_ms:
+        share = f"{100 * student_ms / teacher_ms:.0f}\u00a0%"
+        text += f"; the student takes {share} of the teacher’s time"
     return text + "."
-
-
-def _sections(results: dict, panels=()):
-    """Yields (heading, how to read it, the table's (headings, rows), HTML below the table)."""
-    segmentation, uncertainty = results["segmentation"], results["uncertainty"]
-    fidelity, classes, detection = results["fidelity"], results["classes"], ("auroc", "ap", "fpr95")
-    yield ("Segmentation", "Arrows point to the better side.",
-           _table(segmentation, "miou", "pixel_accuracy", "nll", "brier", "ece"),
-           _curve("reliability", segmentation))
-    yield ("Finding errors", "Positive is a wrong pixel; each network is asked for its own errors.",
-           _table(uncertainty, *detection, "aurc", "ause"),
-           "".join(_curve(c, uncertainty) for c in ("rejection", "risk_coverage", "roc", "pr")))
-    for name, scores in results["ood"].items():
-        settings = described(results["protocol"]["ood"][name])
-        yield (f"Anomalies: {name}", "Positive is a pixel, a connected component or an image of "
-               f"what was never trained on. {settings}",
-               _table(scores, *detection, "component_f1", "image_auroc_p99"),
-               _curve("roc", scores) + _curve("pr", scores))
-    yield ("Fidelity", "How closely the student’s uncertainty follows its teacher’s, by pixel.",
-           _table({"student": fidelity}, "rmse", "rmsle", "pearson", "spearman", "class_error"),
-           _density(fidelity) if fidelity else "")
-    columns = [(kind, name) for kind in ("iou", "uncertainty") for name in MODELS
-               if any(row[kind].get(name) is not None for row in classes)]
-    head = ["class", *(f"{name} {COLUMNS[kind][0]}" for kind, name in columns)]
-    rows = [[row["name"], *(_number({kind: row[kind][name]}, kind) for kind, name in columns)]
-            for row in classes]
-    yield ("Classes", "Uncertainty: mean over the pixels that a network predicts as the class.",
-           (head, rows), "")
-    cost = ("parameters", "ms_per_image", "images_per_second", "compiled_ms_per_image",
-            "peak_memory_mb")  # fmt: skip
-    yield "Cost", "From pixels to class and uncertainty.", _table(results["timing"], *cost), ""
-    pictures = ((f'<img alt="" src="{_data_uri(file.read_bytes())}">', title)
-                for title, file in panels)
-    yield ("Images", "Good: uncertainty is bright where the accuracy map is white.",
-           ([], []), "".join(_figure(*picture) for picture in pictures))
-    rows = [[k, "–" if v is None else str(v)] for k, v in results["protocol"].items() if k != "ood"]
-    yield "Protocol", "What the numbers depend on.", (["setting", "value"], rows), ""
 
 
 def report(results: dict, panels: list[tuple[str, Path]]) -> str:
     """One HTML page that needs nothing else, no script, no network.
 
-    results: the content of metrics.json. panels: `(title, PNG file)`, in the order to show them.
+    results: the content of metrics.json. panels: (title, PNG file), in the order to show them.
     """
     title = html.escape(f"Uncertainty report: {results['protocol']['dataset']}")
+    pictures = pictures_html(results, panels)
     body = ""
-    for heading, line, table, content in _sections(results, panels):
-        if content := _html_table(*table) + content:
-            body += f"<h2>{html.escape(heading)}</h2><p>{line}</p>{content}"
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-            '<meta name="viewport" content="width=device-width,initial-scale=1">'
-            f'<link rel="icon" href="data:,"><style>{STYLE}</style></head><body><h1>{title}</h1>'
-            f'<p class="lead">{html.escape(_headline(results))}</p>{body}</body></html>\n')
+    for section in sections(results):
+        content = table_html(section.headings, section.rows) + pictures.get(section.key, "")
+        if content:
+            heading = html.escape(section.heading)
+            explanation = html.escape(section.explanation)
+            body += f"<h2>{heading}</h2><p>{explanation}</p>{content}"
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head><body><h1>{title}</h1>'
+        f'<p class="lead">{html.escape(headline(results))}</p>{body}</body></html>\n'
+    )
 
 
-# ---------------------------------------------------------------- command line
+# --------------------------------------------------------------- what the three command lines share
+
+# A traceback (code 1) is a fault of the program; training leaves with 143 after SIGTERM.
+EXIT_DONE = 0
+EXIT_REFUSED = 2  # with one line for what a user, a disk or a machine can cause
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE, which is how a shell sees programs that `| head` ends
+
+# Exceptions whose text already names the value and the remedy.
+EXPLAINED = (UsageError, data.DataError, model.ModelError, metrics.MetricError)
+
+# What the system refuses for reasons that lie with the user, and what to do about each. An OSError
+# with any other number is a fault of the program.
+REMEDIES = {
+    errno.ENOSPC: "free space on that disk, then run it again",
+    errno.EDQUOT: "your share of that disk is used up: free some of it, then run it again",
+    errno.EFBIG: "the file system or ulimit -f allows no larger file: name a path elsewhere",
+    errno.EACCES: "change its permissions, or name another path",
+    errno.EPERM: "only its owner may do that: name a path of your own",
+    errno.EROFS: "name a path on a disk that can be written",
+    errno.ENOENT: "check the path: it is not there, or was removed meanwhile",
+    errno.ENOTDIR: "a part of the path is a file: name another path",
+    errno.EISDIR: "a folder is where a file belongs: name another path, or move it away",
+    errno.EEXIST: "a file is where a folder belongs: name another path, or move it away",
+    errno.ENOTEMPTY: "something else writes into that folder: stop it, or name another path",
+    errno.ENAMETOOLONG: "use shorter names of files and folders",
+    errno.ELOOP: "its symbolic links lead in a circle: mend them",
+    errno.EBUSY: "another program uses it: end that program, or name another path",
+    errno.ETXTBSY: "it is a program that runs at this moment: name another path",
+    errno.EMFILE: "raise the limit of open files with ulimit -n, or use fewer --workers",
+    errno.ENFILE: "the whole machine has too many files open: close other programs",
+    errno.ENOMEM: "the memory is full: use fewer --workers or a smaller --batch-size",
+    errno.EIO: "the disk fails: look into the system's log, and use another disk",
+    errno.ESTALE: "the network drive has lost the file: mount it again, then run it again",
+    errno.ENOLCK: "that file system has no locks: name a path on a local disk",
+}
 
 
-def open_networks(args: argparse.Namespace) -> tuple[Networks, dict]:
-    """Student and teacher that are named or, without any name, those that are in ckpts/; and a
-    checkpoint to take the defaults from."""
-    networks, checkpoint = {}, None
-    if not (args.student or args.teacher):
+class Parser(argparse.ArgumentParser):
+    """argparse with one line in place of a usage text and an error."""
+
+    def error(self, message: str):
+        """Print the line and leave with code 2."""
+        # argparse writes "argument --lr: " before what `positive` says, "0: has to be positive".
+        message = re.sub(r"^argument (\S+): (\S+): ", r"\1 \2: ", message)
+        self.exit(EXIT_REFUSED, f"error: {one_line(message)}; see python {self.prog} --help\n")
+
+
+def positive(kind: type) -> Callable[[str], float]:
+    """An argparse type: a finite number above 0 of the given kind, int or float."""
+
+    def convert(text: str) -> float:
+        number = finite_number(kind, text)
+        if number <= 0:
+            raise argparse.ArgumentTypeError(f"{text}: has to be positive")
+        return number
+
+    return convert
+
+
+def non_negative(kind: type) -> Callable[[str], float]:
+    """An argparse type: a finite number of at least 0 of the given kind, int or float."""
+
+    def convert(text: str) -> float:
+        number = finite_number(kind, text)
+        if number < 0:
+            raise argparse.ArgumentTypeError(f"{text}: cannot be negative")
+        return number
+
+    return convert
+
+
+def finite_number(kind: type, text: str) -> float:
+    """`text` as a number of that kind; ArgumentTypeError where it is none, infinite or NaN."""
+    try:
+        number = kind(text)
+    except ValueError:
+        message = f"invalid {kind.__name__} value: {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+    if kind is float and not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text}: has to be finite")
+    return number
+
+
+def run_main(main: Callable, parser: argparse.ArgumentParser, argv: list[str] | None = None) -> int:
+    """Parse the command line, call `main(args)` and return the exit code (see `exit_code_of`)."""
+    args = parser.parse_args(argv)
+    return exit_code_of(main, args)
+
+
+def exit_code_of(function: Callable, *arguments) -> int:
+    """Call `function(*arguments)` and return the exit code of the program.
+
+    0 when it is done; 2 after one line "error: ..." for anything that a user, a disk or a machine
+    can cause; 130 after Ctrl-C; 141 where nobody reads the output any more, as after `| head -1`.
+    Every other exception is a fault of the program and passes through, SystemExit too.
+    """
+    try:
+        function(*arguments)
+        sys.stdout.flush()  # so that a closed pipe raises here, not when the interpreter ends
+        return EXIT_DONE
+    except BrokenPipeError:
+        print_to_stderr("stopped: the program that read the output has ended")
+        return EXIT_CLOSED_PIPE
+    except KeyboardInterrupt:
+        print_to_stderr("\ninterrupted")
+        return EXIT_INTERRUPTED
+    except (*EXPLAINED, OSError, MemoryError, RuntimeError) as error:
+        message = explain(error)
+        if message is None:
+            raise
+        print_to_stderr(f"error: {message}")
+        return EXIT_REFUSED
+    finally:
+        drop_unread_output()
+
+
+def print_to_stderr(text: str) -> None:
+    """Print a line on stderr; do nothing if stderr is closed."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def drop_unread_output() -> None:
+    """Redirect stdout and stderr to /dev/null if they can no longer be written.
+
+    The interpreter flushes both once more when it ends. A closed pipe (or a full disk) would then
+    make it print "Exception ignored in ... BrokenPipeError" and change the exit code to 120.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            null_device = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null_device, stream.fileno())
+            os.close(null_device)
+
+
+def explain(error: Exception) -> str | None:
+    """One line that says what is wrong and what to do, or None for a fault of the program."""
+    if isinstance(error, EXPLAINED):
+        return one_line(message_of(error))
+    if isinstance(error, OSError):
+        return explain_refusal(error)
+
+    text = str(error)
+    memory_errors = (MemoryError, torch.OutOfMemoryError)
+    if isinstance(error, memory_errors) or "DefaultCPUAllocator" in text:
+        return "the memory is full; use a smaller --batch-size or --image-size"
+    if "DataLoader worker (pid" in text:
+        return "a process that loads images died, often for want of shared memory; use --workers 0"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = text.strip().splitlines()[0][:120]
+        return f"torch.compile failed ({reason}); install a C++ compiler or use --no-compile"
+    return None
+
+
+def explain_refusal(error: OSError) -> str | None:
+    """What the system refused, where, and the remedy; None where `REMEDIES` knows none."""
+    number = error.errno
+    if number is None:
+        # An OSError of a DataLoader worker arrives as a text with its number.
+        match = re.search(r"\[Errno (\d+)\]", message_of(error))
+        if match is None:
+            return None
+        number = int(match[1])
+    if number not in REMEDIES:
+        return None
+    reason = error.strerror or os.strerror(number)
+    location = ""
+    if error.filename:
+        location = f" ({error.filename})"
+    return one_line(f"{reason}{location}; {REMEDIES[number]}")
+
+
+def message_of(error: Exception) -> str:
+    """The text of an exception, also of one that was raised in a DataLoader worker.
+
+    The latter arrives as "Caught DataError in DataLoader worker process 0." with the worker's
+    traceback below it, whose last line is "data.DataError: " and the original text.
+    """
+    text = str(error)
+    if not text.startswith("Caught "):
+        return text
+    class_name = rf"^(?:\w+\.)*{type(error).__name__}: "
+    return re.split(class_name, text, flags=re.MULTILINE)[-1]
+
+
+def one_line(text: str) -> str:
+    """All lines of a text joined into one."""
+    lines = [line.strip() for line in text.splitlines()]
+    return " ".join(line for line in lines if line)
+
+
+class LiveLine:
+    """A line on stderr that is overwritten again and again; nothing if stderr is no terminal.
+
+    Ask `is_due` before composing the text: the line changes at most every half second. silent:
+    show nothing at all, as in every process of a group but the first.
+    """
+
+    PAUSE = 0.5  # seconds
+
+    def __init__(self, silent: bool = False):
+        self.active = sys.stderr.isatty() and not silent
+        self.shown_at = time.monotonic()
+        self.text = ""  # what the terminal shows now
+
+    def is_due(self) -> bool:
+        """Whether it is time to show the line, the first time half a second after the start."""
+        return self.active and time.monotonic() - self.shown_at >= self.PAUSE
+
+    def show(self, text: str) -> None:
+        """Write `text` over what is there, cut to the terminal's width."""
+        if not self.active:
+            return
+        # A full row would move the cursor to the next one, and leave this one behind.
+        columns = terminal_width() - 1
+        text = text[:columns]
+        covering = text.ljust(min(len(self.text), columns))
+        print("\r" + covering, end="", file=sys.stderr, flush=True)
+        self.text = text
+        self.shown_at = time.monotonic()
+
+    def clear(self) -> None:
+        """Leave an empty row with the cursor at its beginning, for other output."""
+        if self.text:
+            self.show("")
+            print("\r", end="", file=sys.stderr, flush=True)
+
+
+def terminal_width() -> int:
+    """The columns of the terminal that stderr goes to."""
+    try:
+        width = os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        width = 0
+    # shutil asks the variable COLUMNS and stdout, which may be a file, and else answers 80.
+    return width or shutil.get_terminal_size().columns
+
+
+class ImageProgress:
+    """A live line inside a `with`, for a pass over images: how many are done, the rate, and the
+    time left."""
+
+    def __init__(self, total: int):
+        self.total = total
+        self.done = 0
+        self.started = time.monotonic()
+        self.line = LiveLine()
+
+    def __enter__(self) -> "ImageProgress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.line.clear()
+
+    def advance(self, images: int) -> None:
+        """Count `images` more as done."""
+        self.done += images
+        if self.line.is_due():
+            rate = self.done / (time.monotonic() - self.started)
+            seconds_left = (self.total - self.done) / rate
+            self.line.show(
+                f"{self.done}/{self.total} images  {rate:.1f} images/s  {seconds_left:.0f} s left"
+            )
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+class NetworkFiles(NamedTuple):
+    """What the networks are read from."""
+
+    student: Path | None  # a checkpoint
+    teacher: list[str] | None  # a folder, or checkpoints
+    mc_samples: int  # dropout samples of a single checkpoint; 0: an ensemble
+
+
+class Settings(NamedTuple):
+    """The command line; flags that were not given are taken from the checkpoint."""
+
+    dataset: str  # name of the data set
+    data: Path | None  # its folder; None: it needs none
+    split: str
+    image_size: tuple[int, int] | None  # (H, W) of the networks' input; None: native size
+    hold_out: list[str]  # classes of the data set that the networks do not know
+    ood: list[str]  # names of OOD sets, as `data.open_ood` takes them
+    distillation: dict | None  # how the student was distilled, for the protocol
+    inference: InferenceSettings
+
+
+def find_networks(student: Path | None, teacher: list[str] | None, mc_samples: int) -> NetworkFiles:
+    """The networks that the flags name or, if they name none, those in ckpts/."""
+    if student is None and not teacher:
         path = Path("ckpts/student.pt")
-        args.student = path if path.exists() else None
-        args.teacher = ["ckpts"] if any(Path("ckpts").glob("member_[0-9]*.pt")) else None
-    if args.teacher:
-        networks["teacher"], checkpoint = model.load_ensemble(args.teacher, args.mc_samples)
-    elif args.mc_samples:
-        raise UsageError(f"--mc-samples {args.mc_samples} samples one network: name --teacher FILE")
-    if path := args.student:
-        other, checkpoint = checkpoint, model.read_checkpoint(path)
-        networks["student"] = model.build_model(checkpoint, path)
+        if path.exists():
+            student = path
+        if any(Path("ckpts").glob("member_[0-9]*.pt")):
+            teacher = ["ckpts"]
+    return NetworkFiles(student, teacher, mc_samples)
+
+
+def open_networks(files: NetworkFiles, device: torch.device) -> tuple[Networks, dict]:
+    """The networks on the device, and the checkpoint that the defaults are taken from: the
+    student's or, without one, the teacher's first. Raises UsageError where they do not fit."""
+    student = None
+    teacher = None
+    checkpoint = None
+    if files.teacher:
+        teacher, checkpoint = model.load_ensemble(files.teacher, files.mc_samples)
+    elif files.mc_samples:
+        raise UsageError(
+            f"--mc-samples {files.mc_samples} samples one network: name --teacher FILE"
+        )
+    if files.student is not None:
+        teacher_checkpoint = checkpoint
+        checkpoint = model.read_checkpoint(files.student)
+        student = model.build_model(checkpoint, files.student)
         if not checkpoint["config"]["measures"]:
-            raise UsageError(f"{path} is no student: it predicts no uncertainty; distil one, or "
-                             "name it as --teacher FILE with --mc-samples N")
-        for key in ("classes", "dataset"):
-            if other and other["config"][key] != checkpoint["config"][key]:
-                raise UsageError(f"the student {path} and the teacher know different {key}; "
-                                 "evaluate them one by one")
-    if not networks:
-        raise UsageError("nothing to evaluate: no ckpts/student.pt and no ckpts/member_*.pt; "
-                         "train first, or name --student FILE or --teacher DIR")
-    for network in networks.values():
-        network.to(args.device, memory_format=torch.channels_last)
+            raise UsageError(
+                f"{files.student} is no student: it predicts no uncertainty; distil one, or "
+                "name it as --teacher FILE with --mc-samples N"
+            )
+        if teacher_checkpoint is not None:
+            check_comparable(files.student, checkpoint, teacher_checkpoint)
+    if checkpoint is None:
+        raise UsageError(
+            "nothing to evaluate: no ckpts/student.pt and no ckpts/member_*.pt; "
+            "train first, or name --student FILE or --teacher DIR"
+        )
+    config = checkpoint["config"]
+    palette = [tuple(colour) for colour in config["palette"]]
+    networks = Networks(student, teacher, config["measures"], config["classes"], palette)
+    for network in networks.by_name().values():
+        network.to(device, memory_format=torch.channels_last)
     return networks, checkpoint
 
 
-def resolve(args: argparse.Namespace, checkpoint: dict) -> None:
-    """What the command leaves open is as the checkpoint was trained; refuses what cannot be."""
-    trained, config, cuda = checkpoint["args"], checkpoint["config"], args.device.startswith("cuda")
-    args.measures = config["measures"]  # the student's; the teacher's checkpoint has none
-    told = ("views", "uncertainty_weight", "distill_probs", "strong_views", "extra")
-    args.distilled = {key: trained[key] for key in told if key in trained} or None
-    first = "std" if "std" in args.measures else (args.measures or ["std"])[0]
-    # what each network is known by: in panels, in the report, by class
-    args.primary = {"student": distilled(first), "teacher": first, "member": "entropy"}
-    if args.dataset in (None, trained["dataset"]) and trained["data"]:
-        args.data = args.data or Path(trained["data"])
-    args.dataset = args.dataset or trained["dataset"]
-    args.image_size = args.image_size or config["image_size"]
-    args.classes, args.palette = config["classes"], [tuple(colour) for colour in config["palette"]]
-    args.amp = choose_amp(args.amp, torch.device(args.device))
-    if args.workers is None:
-        args.workers = 4 if cuda else 0
-    for flag, value, least in (("--batch-size", args.batch_size, 1), ("--workers", args.workers, 0),
-                               ("--image-size", min(args.image_size or [1]), 1),
-                               ("--panels", args.panels, 0)):
-        if value < least:
-            raise UsageError(f"{flag} {value}: has to be at least {least}")
-    for flag, alone in (("--ood", args.ood is not None), ("--benchmark", args.benchmark),
-                        ("--save-scores", args.save_scores)):
-        if args.predict and alone:
+def check_comparable(path: Path, student: dict, teacher: dict) -> None:
+    """Raise UsageError where the checkpoints of student and teacher cannot be compared."""
+    for key in ("classes", "dataset"):
+        if student["config"][key] != teacher["config"][key]:
+            raise UsageError(
+                f"the student {path} and the teacher know different {key}; evaluate them one by one"
+            )
+
+
+def resolve(args: argparse.Namespace, checkpoint: dict, device: torch.device) -> Settings:
+    """Take the flags that were not given from the checkpoint; refuse those that contradict."""
+    # ---------------------------------------------------------------- flags that exclude others
+    not_with_predict = {
+        "--ood": args.ood is not None,
+        "--benchmark": args.benchmark,
+        "--save-scores": args.save_scores is not None,
+    }
+    for flag, given in not_with_predict.items():
+        if args.predict is not None and given:
             raise UsageError(f"--predict writes maps alone; run {flag} in a command of its own")
-    if args.in_distribution and args.ood is None:
+    if args.in_distribution is not None and args.ood is None:
         raise UsageError("--in-distribution is for the images of --ood, which is missing")
-    own = "held-out" if config["hold_out"] else "pasted"
-    own = "synthetic" if args.dataset == "synthetic" else own
-    args.ood_sets = [] if args.ood is None else list(dict.fromkeys(args.ood or [own]))
-    if "held-out" in args.ood_sets and not config["hold_out"]:
-        raise UsageError("--ood held-out: the checkpoint has no held-out classes; "
-                         "train with --hold-out CLASS ...")
+
+    # ---------------------------------------------------------------- data
+    trained = checkpoint["args"]
+    config = checkpoint["config"]
+    dataset = args.dataset or trained["dataset"]
+    folder = args.data
+    if folder is None and dataset == trained["dataset"] and trained["data"]:
+        folder = Path(trained["data"])
+
+    # ---------------------------------------------------------------- OOD sets
+    ood = []
+    if args.ood is not None:
+        ood = list(dict.fromkeys(args.ood))  # each once, in the order of the command
+        if not ood:
+            ood = [default_ood(dataset, config["hold_out"])]
+    if "held-out" in ood and not config["hold_out"]:
+        raise UsageError(
+            "--ood held-out: the checkpoint has no held-out classes; "
+            "train with --hold-out CLASS ..."
+        )
+
+    # ---------------------------------------------------------------- how the student was distilled
+    distillation = {}
+    for key in ("views", "uncertainty_weight", "distill_probs", "strong_views", "extra"):
+        if key in trained:
+            distillation[key] = trained[key]
+
+    workers = args.workers
+    if workers is None:  # on a CPU the networks need every core
+        workers = 4 if device.type == "cuda" else 0
+    return Settings(
+        dataset=dataset,
+        data=folder,
+        split=args.split,
+        image_size=args.image_size or config["image_size"],
+        hold_out=config["hold_out"],
+        ood=ood,
+        distillation=distillation or None,
+        inference=InferenceSettings(device, choose_amp(args.amp, device), args.batch_size, workers),
+    )
 
 
-def protocol(args: argparse.Namespace, dataset, networks: Networks, pixels: int) -> dict:
-    """What the figures depend on."""
+def default_ood(dataset: str, hold_out: list[str]) -> str:
+    """The OOD set of --ood without a name: the best one that the data set offers."""
+    if dataset == "synthetic":
+        return "synthetic"
+    return "held-out" if hold_out else "pasted"
+
+
+def run_protocol(
+    settings: Settings,
+    files: NetworkFiles,
+    networks: Networks,
+    dataset: data.SegmentationDataset,
+    labelled_pixels: int,
+) -> dict:
+    """What the results depend on, for metrics.json."""
+    network_input = "native size"
+    if settings.image_size:
+        height, width = settings.image_size
+        network_input = f"{height}x{width}"
     return {
-        "dataset": args.dataset, "split": args.split, "images": len(dataset),
-        "labelled_pixels": pixels, "classes": len(dataset.classes),
+        "dataset": settings.dataset,
+        "split": settings.split,
+        "images": len(dataset),
+        "labelled_pixels": labelled_pixels,
+        "classes": len(dataset.classes),
         "held_out": ", ".join(dataset.hold_out) or None,
-        "network_input": "x".join(map(str, args.image_size or [])) or "native size",
+        "network_input": network_input,
         "evaluated_at": "native size of the labels, softmax after upsampling",
-        "pooling": "all labelled pixels of the split", "void": "labels 255 never count",
+        "pooling": "all labelled pixels of the split",
+        "void": "labels 255 never count",
         "scores": "rounded to float16, equal scores are one threshold",
-        "members": len(networks.get("teacher", ())), "mc_samples": args.mc_samples,
-        "teacher": " ".join(map(str, args.teacher)) if args.teacher else None,
-        "student": str(args.student) if args.student else None, "distilled": args.distilled,
-        "amp": args.amp, "device": args.device} | model.versions()
+        "members": 0 if networks.teacher is None else len(networks.teacher),
+        "mc_samples": files.mc_samples,
+        "teacher": " ".join(str(path) for path in files.teacher) if files.teacher else None,
+        "student": str(files.student) if files.student else None,
+        "distilled": settings.distillation,
+        "amp": settings.inference.amp,
+        "device": str(settings.inference.device),
+    } | model.versions()
 
 
-def open_ood_sets(args: argparse.Namespace, dataset) -> list[data.OODSet]:
-    """What --ood names; UsageError where two of them would share a name."""
-    ood_sets = [data.open_ood(spec, dataset) for spec in args.ood_sets]
+def open_ood_sets(specs: list[str], dataset: data.SegmentationDataset) -> list[data.OODSet]:
+    """The OOD sets that --ood names; UsageError where two of them would share a name."""
+    ood_sets = [data.open_ood(spec, dataset) for spec in specs]
     for name, count in Counter(ood.name for ood in ood_sets).items():
         if count > 1:
             raise UsageError(f"--ood names {count} sets {name}; evaluate them one by one")
     return ood_sets
 
 
-def measure(networks: Networks, dataset, ood_sets, others, args) -> tuple[dict, list[float]]:
-    """The content of metrics.json, and each image's pixel accuracy. others: in-distribution images
-    for --ood, None for those of the evaluation split."""
-    print(f"{args.dataset} {args.split}: {len(dataset)} images", flush=True)
-    results, accuracy, normal = evaluate_split(networks, dataset, args)
-    if others:
-        normal = image_scores_of(networks, others, args)
-    protocols = {}
-    for ood in ood_sets:
-        more = {} if ood.name == "held-out" and not others else normal  # they are the same images
-        results["ood"][ood.name], protocols[ood.name] = evaluate_ood(networks, ood, more, args)
-        print(f"OOD {ood.name}: {described(protocols[ood.name])}", flush=True)
-    results["timing"] = benchmark(networks, dataset[0].image, args) if args.benchmark else {}
-    pixels = next(iter(results["segmentation"].values()))["n"]
-    settings = protocol(args, dataset, networks, pixels)
-    results = {"protocol": settings | {"ood": protocols}} | results
-    # JSON knows no NaN: null takes its place
-    return json.loads(json.dumps(results), parse_constant=lambda name: None), accuracy
+def subfolder(folder: Path | None, name: str) -> Path | None:
+    """The folder `name` inside `folder`; None where that is None."""
+    return None if folder is None else folder / name
+
+
+def without_nan(value: Any) -> Any:
+    """A copy of a value for JSON, which knows neither NaN nor infinity: both become None, also
+    inside dictionaries and lists."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def main(args: argparse.Namespace) -> None:
     # ---------------------------------------------------------------- networks and data
-    args.device = str(choose_device(args.device))
-    networks, checkpoint = open_networks(args)
-    resolve(args, checkpoint)
-    json_file, html_file = args.out / "metrics.json", args.out / "report.html"
-    if args.predict is not None:
-        predict_files(networks, args)
-        return
-    hold_out = checkpoint["config"]["hold_out"]
-    dataset = data.open_dataset(args.dataset, args.data, args.split, args.image_size, hold_out)
-    if dataset.classes != args.classes:
-        known, found = (", ".join(names) for names in (args.classes, dataset.classes))
-        raise UsageError(f"the networks know the classes {known}, {args.dataset} has {found}; "
-                         "evaluate on the data set they were trained on")
-    ood_sets = open_ood_sets(args, dataset)
-    folder = args.in_distribution
-    others = folder and data.open_images("--in-distribution", folder, args.image_size)
+    device = choose_device(args.device)
+    files = find_networks(args.student, args.teacher, args.mc_samples)
+    networks, checkpoint = open_networks(files, device)
+    settings = resolve(args, checkpoint, device)
+    inference = settings.inference
+    image_size = settings.image_size
 
-    (args.out / "panels").mkdir(parents=True, exist_ok=True)
+    if args.predict is not None:
+        predict_files(networks, args.predict, args.out, image_size, inference)
+        return
+
+    dataset = data.open_dataset(
+        settings.dataset, settings.data, settings.split, image_size, settings.hold_out
+    )
+    if dataset.classes != networks.classes:
+        raise UsageError(
+            f"the networks know the classes {', '.join(networks.classes)}, "
+            f"{settings.dataset} has {', '.join(dataset.classes)}; "
+            "evaluate on the data set they were trained on"
+        )
+    ood_sets = open_ood_sets(settings.ood, dataset)
+    in_distribution_set = None
+    if args.in_distribution is not None:
+        in_distribution_set = data.open_images(
+            "--in-distribution", args.in_distribution, image_size
+        )
+
+    json_file = args.out / "metrics.json"
+    html_file = args.out / "report.html"
+    panel_folder = args.out / "panels"
+    panel_folder.mkdir(parents=True, exist_ok=True)
     with locked(json_file):
-        # ------------------------------------------------------------ measurements
-        results, accuracy = measure(networks, dataset, ood_sets, others, args)
+        # ------------------------------------------------------------ the labelled split
+        print(f"{settings.dataset} {settings.split}: {len(dataset)} images", flush=True)
+        split_scores = subfolder(args.save_scores, settings.split)
+        with_ood = args.ood is not None
+        split = evaluate_split(networks, dataset, inference, split_scores, with_ood)
+        results = split.results
+
+        # ------------------------------------------------------------ anomalies
+        # Images without an anomaly are the negatives of image-level detection.
+        in_distribution = split.image_statistics
+        if in_distribution_set is not None:
+            in_distribution = collect_image_statistics(networks, in_distribution_set, inference)
+        results["ood"] = {}
+        ood_protocols = {}
+        for ood in ood_sets:
+            negatives = in_distribution
+            if ood.name == "held-out" and in_distribution_set is None:
+                negatives = {}  # this OOD set consists of the images of the split
+            ood_scores = subfolder(args.save_scores, ood.name)
+            ood_results, protocol = evaluate_ood(networks, ood, negatives, inference, ood_scores)
+            results["ood"][ood.name] = ood_results
+            ood_protocols[ood.name] = protocol
+            print(f"OOD {ood.name}: {protocol_sentence(protocol)}", flush=True)
+
+        # ------------------------------------------------------------ time and memory
+        results["timing"] = {}
+        if args.benchmark:
+            results["timing"] = benchmark(networks, dataset[0].image, inference, args.compile)
+
+        # ------------------------------------------------------------ panels
+        chosen = choose_images(split.accuracy, args.panels)
+        panels = draw_panels(networks, dataset, chosen, panel_folder, inference)
+        for ood in ood_sets:
+            count = min(args.panels, len(ood.dataset), 3)
+            chosen = [(f"OOD {ood.name}", index) for index in range(count)]
+            panels += draw_panels(
+                networks, ood.dataset, chosen, panel_folder, inference, anomalies=True
+            )
+        remove_old_panels(panel_folder, panels)
 
         # ------------------------------------------------------------ report
-        panels = draw_panels(networks, dataset, choose_images(accuracy, args.panels), args)
-        for ood in ood_sets:
-            chosen = [(f"OOD {ood.name}", i) for i in range(min(args.panels, len(ood.dataset), 3))]
-            panels += draw_panels(networks, ood.dataset, chosen, args, anomalies=True)
+        labelled_pixels = results["segmentation"][networks.main_name]["n"]
+        protocol = run_protocol(settings, files, networks, dataset, labelled_pixels)
+        protocol["ood"] = ood_protocols
+        results = without_nan({"protocol": protocol} | results)
         model.save_atomically(json_file, json.dumps(results, indent=1, allow_nan=False) + "\n")
         model.save_atomically(html_file, report(results, panels))
-        charts = [_chart(name, results["uncertainty"]) for name in ("rejection", "risk_coverage")]
+        charts = [
+            curve_chart("rejection", results["uncertainty"]),
+            curve_chart("risk_coverage", results["uncertainty"]),
+        ]
         model.save_atomically(args.out / "rejection.svg", chart_sheet(charts))
     print(results_table(results))
-    print(f"\n{json_file}  {html_file}  {len(panels)} panels in {args.out / 'panels'}")
+    print(f"\n{json_file}  {html_file}  {len(panels)} panels in {panel_folder}")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line; None is filled in by `resolve`."""
     parser = Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
-    add = parser.add_argument_group("networks").add_argument
-    add("--student", type=Path, metavar="FILE", help="(default, where no network is named: "
-        "ckpts/student.pt if it is there)")
-    add("--teacher", nargs="+", metavar="DIR|FILE", help="(default, where no network is named: "
-        "ckpts/member_*.pt if they are there)")
-    add("--mc-samples", type=int, default=0, metavar="N", help="dropout samples of one --teacher")
-    add = parser.add_argument_group("data (default: as the networks were trained)").add_argument
-    add("--dataset", choices=data.DATASETS)
-    add("--data", type=Path, metavar="DIR", help="folder of the data set")
-    add("--split", default="val", help="(default: val)")
-    add("--image-size", type=int, nargs=2, metavar=("H", "W"), help="pixels of the networks' input")
-    add = parser.add_argument_group("what to do").add_argument
-    add("--ood", nargs="*", metavar="SPEC", help="anomaly detection on synthetic, held-out, "
-        "pasted, a folder, or NAME:PATH with NAME one of " + ", ".join(data.OOD_LAYOUTS)
-        + "; several may follow (none: what the data set offers)")
-    add("--in-distribution", type=Path, metavar="DIR", help="images that no anomaly is in, as the "
-        "negatives of image-level detection (default: the evaluation split)")
-    add("--save-scores", type=Path, metavar="DIR", help="keep float16 maps of every score")
-    add("--predict", type=Path, metavar="DIR|FILE", help="only write the maps of these images")
-    add("--benchmark", action="store_true", help="time the networks as well, at --image-size and "
-        "--batch-size")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True,
-        help="time them compiled too, which takes a minute (default: on)")
-    add("--panels", type=int, default=5, metavar="N", help="images, best to worst (default: 5)")
-    add("--out", type=Path, default=Path("results"), metavar="DIR", help="(default: results)")
-    add = parser.add_argument_group("machine").add_argument
-    add("--batch-size", type=int, default=4, help="images a batch; changes no figure but "
-        "those of MC dropout (default: 4)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
-    add("--workers", type=int, help="processes that load (default: 0 on a CPU, else 4)")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+
+    group = parser.add_argument_group("networks")
+    group.add_argument(
+        "--student",
+        type=Path,
+        metavar="FILE",
+        help="(default, where no network is named: ckpts/student.pt if it is there)",
+    )
+    group.add_argument(
+        "--teacher",
+        nargs="+",
+        metavar="DIR|FILE",
+        help="(default, where no network is named: ckpts/member_*.pt if they are there)",
+    )
+    group.add_argument(
+        "--mc-samples",
+        type=non_negative(int),
+        default=0,
+        metavar="N",
+        help="dropout samples of one --teacher",
+    )
+
+    group = parser.add_argument_group("data (default: as the networks were trained)")
+    group.add_argument("--dataset", choices=data.DATASETS)
+    group.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set")
+    group.add_argument("--split", default="val", help="(default: val)")
+    group.add_argument(
+        "--image-size",
+        type=positive(int),
+        nargs=2,
+        metavar=("H", "W"),
+        help="pixels of the networks' input",
+    )
+
+    group = parser.add_argument_group("what to do")
+    group.add_argument(
+        "--ood",
+        nargs="*",
+        metavar="SPEC",
+        help="anomaly detection on synthetic, held-out, pasted, a folder, or NAME:PATH with NAME "
+        f"one of {', '.join(data.OOD_LAYOUTS)}; several may follow (none: what the data set "
+        "offers)",
+    )
+    group.add_argument(
+        "--in-distribution",
+        type=Path,
+        metavar="DIR",
+        help="images that no anomaly is in, as the negatives of image-level detection (default: "
+        "the evaluation split)",
+    )
+    group.add_argument(
+        "--save-scores", type=Path, metavar="DIR", help="keep float16 maps of every score"
+    )
+    group.add_argument(
+        "--predict", type=Path, metavar="DIR|FILE", help="only write the maps of these images"
+    )
+    group.add_argument(
+        "--benchmark",
+        action="store_true",
+        help="time the networks as well, at --image-size and --batch-size",
+    )
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="time them compiled too, which takes a minute (default: on)",
+    )
+    group.add_argument(
+        "--panels",
+        type=non_negative(int),
+        default=5,
+        metavar="N",
+        help="images, best to worst (default: 5)",
+    )
+    group.add_argument(
+        "--out", type=Path, default=Path("results"), metavar="DIR", help="(default: results)"
+    )
+
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "--batch-size",
+        type=positive(int),
+        default=4,
+        help="images per batch; changes no figure but those of MC dropout (default: 4)",
+    )
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)",
+    )
+    group.add_argument(
+        "--workers",
+        type=non_negative(int),
+        help="processes that load (default: 0 on a CPU, else 4)",
+    )
+    group.add_argument(
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        default="auto",
         help="arithmetic of the networks; logits, softmax and scores are float32 (default: bf16 "
-             "where the processor has it, else float32)")
+        "where the processor has it, else float32)",
+    )
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, get_args_parser()))
+    sys.exit(run_main(main, get_args_parser()))

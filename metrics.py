@@ -1,599 +1,1375 @@
-"""Metrics for segmentation and its uncertainty: pooled over all pixels, exact, in constant memory.
+"""Scores of uncertainty, and metrics that say what they are worth.
 
-Functions turn probs or logits into scores [B, ...], higher = more uncertain. Accumulators: `update`
-with every batch, `all_reduce` under torchrun, `compute` -> floats, ints and lists. Every figure is
-the same for any batch size and image order, and NaN where undefined. `update` never waits for the
-device. Void never counts: labels outside 0..num_classes-1, flags other than 0 and 1, `valid` False.
+A *score* is a map [B, H, W] that tells how uncertain a network is at each pixel; a
+higher score always means more uncertain. A *metric* is an accumulator: an object that
+sees every batch of a split and ends with a few figures.
 
-Scores are rounded to float16, the convention of the SegmentMeIfYouCan benchmark (Chan et al. 2021).
-A histogram with a bucket for each of the 65,536 holds a whole split, so that rank metrics are exact
-on the rounded scores. What float16 cannot hold becomes 0 (below 3e-8) or infinite (from 65,520 on);
--0.0 and +0.0 are one score.
+    confusion = ConfusionMatrix(num_classes=19)
+    for prediction, labels in batches:
+        confusion.update(prediction, labels)
+    confusion.all_reduce()  # under torchrun: the sum over all processes
+    print(confusion.compute()["miou"])
+
+Outline
+
+    1. scores of one network          the table FREE_SCORES: add a score here
+    2. measures of an ensemble        the table MEASURES: add a measure here
+    3. histograms over float16        how scores are counted without loss
+    4. what all accumulators share    state, void pixels, NaN, processes
+    5. segmentation                   ConfusionMatrix
+    6. calibration                    ProperScores, CalibrationError
+    7. detection                      Detection (of errors, of anomalies), pairs_auroc
+    8. components                     ComponentDetection (anomalies found as wholes)
+    9. selective prediction           SelectivePrediction (risk and coverage)
+    10. rejection                     RejectionCurve (the paper's)
+    11. class-wise uncertainty        ClassUncertainty
+    12. fidelity                      Fidelity (of the student to the teacher)
+
+Every metric keeps these promises; tests/test_metrics_are_exact.py proves them (for components,
+tests/test_anomalies.py):
+
+- It is pooled over all pixels of the split: the figures do not depend on the size or on
+  the order of the batches. Nothing is averaged over images or subsampled.
+- Its memory does not grow with the number of pixels.
+- A figure that is not defined, for example because there are no pixels, is NaN: it is
+  never 0, and never a crash.
+- Void pixels never count: labels outside 0..C-1, flags other than 0 and 1, and pixels
+  where the argument `valid` is False. Their scores may even be NaN.
+- `update` never waits for a GPU. ComponentDetection alone does, as it works on the CPU.
+
+Scores are rounded to float16, the convention of the SegmentMeIfYouCan benchmark (Chan
+et al. 2021). There are only 65,536 such numbers, so a histogram with one bucket for
+each holds a whole split, and the metrics of ranking are exact on the rounded scores.
+What float16 cannot hold becomes 0 (below 3e-8) or infinite (from 65,520 on); -0.0 and
++0.0 are one score.
 """
 
-import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BUCKETS, SIDE = 65536, 1024  # of a histogram, and of a joint histogram's sides
-ZERO = 32768  # the bucket of 0.0; v lies at ZERO +- (the bits of |v|)
-LOWEST, HIGHEST = ZERO - 0x7C00, ZERO + 0x7C00  # the infinities; NaN lands outside
-NAN = float("nan")
-TINY = torch.finfo(torch.float32).tiny
+# ---------------------------------------------------------------------------- scores of one network
+#
+# In shapes, B is the number of images and C of classes; "..." stands for the height and
+# the width, or for nothing. All scores are computed in float32 (float64 stays), also from
+# bf16 or fp16 logits.
+#
+# Here and below, operations in place (`exp_`, `add_`) work on temporaries that nobody else
+# holds. They save a map of the size of a batch each, and change no result.
 
-
-class MetricError(ValueError):
-    """Scores that cannot be measured; says what to check."""
+TINY = torch.finfo(torch.float32).tiny  # 1.2e-38: the smallest number whose log is taken
 
 
 def predictive_entropy(probs: Tensor) -> Tensor:
-    """Entropy in nats of probs [B, C, ...]: [B, ...], 0..ln C. An ensemble's: of its mean probs."""
-    return _sum_over_classes(lambda p: -p * p.clamp(min=TINY).log(), probs)  # 0 log 0 = 0
+    """Entropy H(p) = -sum_c p_c log p_c of probs [B, C, ...]: [B, ...], in nats, 0..log C.
 
+    Of an ensemble's mean probabilities this is its predictive entropy.
+    """
 
-def mutual_information(probs: Tensor, expected_entropy: Tensor) -> Tensor:
-    """H(mean probs [B, C, ...]) - mean H(probs) [B, ...]: [B, ...], 0..ln C nats, what the members
-    disagree about (Depeweg et al. 2018). Clamped at 0, below which only rounding leads."""
-    return (predictive_entropy(probs) - expected_entropy).clamp(min=0)
+    def entropy_term(p: Tensor) -> Tensor:
+        return -p * p.clamp(min=TINY).log()  # the clamp makes 0 log 0 = 0
+
+    return _sum_over_classes(entropy_term, probs)
 
 
 def max_softmax(probs: Tensor) -> Tensor:
-    """1 - max of probs [B, C, ...]: [B, ...], 0..1-1/C (Hendrycks & Gimpel 2017)."""
+    """1 - max_c p_c of probs [B, C, ...]: [B, ...], 0..1-1/C (Hendrycks & Gimpel 2017)."""
     return 1 - _at_least_float32(probs.amax(1))
 
 
 def max_logit(logits: Tensor) -> Tensor:
-    """-max of logits [B, C, ...]: [B, ...], unbounded (Hendrycks et al. 2022)."""
+    """-max_c of logits [B, C, ...]: [B, ...], unbounded (Hendrycks et al. 2022)."""
     return -_at_least_float32(logits.amax(1))
 
 
 def energy(logits: Tensor) -> Tensor:
-    """-logsumexp of logits [B, C, ...]: [B, ...], unbounded (Liu et al. 2020, temperature 1)."""
-    top = _at_least_float32(logits.amax(1))  # one class at a time: twice as fast as logsumexp
-    terms = ((_at_least_float32(x) - top).exp_() for x in logits.unbind(1))
-    return -(top + functools.reduce(Tensor.add_, terms).log_())
+    """-log sum_c exp(logit_c) of logits [B, C, ...]: [B, ...], unbounded.
+
+    This is the energy at temperature 1 of Liu et al. (2020).
+    """
+    # The largest logit is taken out of the sum, so that exp cannot overflow. One class
+    # at a time needs no temporary of the size of the logits and is twice as fast as
+    # torch.logsumexp.
+    largest = _at_least_float32(logits.amax(1))  # [B, ...]
+    classes = logits.unbind(1)
+    total = (_at_least_float32(classes[0]) - largest).exp_()
+    for class_logits in classes[1:]:
+        total.add_((_at_least_float32(class_logits) - largest).exp_())
+    return -(largest + total.log_())
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+# The scores that any single network has without training for them. To add a score, add an
+# entry: a function of the logits and the probs [B, C, H, W] of one network that returns the
+# score [B, H, W].
+FREE_SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "entropy": lambda logits, probs: predictive_entropy(probs),
+    "msp": lambda logits, probs: max_softmax(probs),
+    "max_logit": lambda logits, probs: max_logit(logits),
+    "energy": lambda logits, probs: energy(logits),
+}
 
 
-def _sum_over_classes(term, probs: Tensor) -> Tensor:
-    """Sum of term(p) over dim 1, one class at a time: no temporary of the size of probs."""
-    if probs.stride(1) == 1:  # channels_last: each plane would touch all of the memory
+def free_scores(logits: Tensor, probs: Tensor) -> dict[str, Tensor]:
+    """All `FREE_SCORES` of one network's logits and probs [B, C, H, W], each [B, H, W]."""
+    return {name: score(logits, probs) for name, score in FREE_SCORES.items()}
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    """float64 as it is, anything else as float32."""
+    if values.dtype == torch.float64:
+        return values
+    return values.float()
+
+
+def _sum_over_classes(term: Callable[[Tensor], Tensor], probs: Tensor) -> Tensor:
+    """Sum over the classes of term(p), of probs [B, C, ...]: [B, ...].
+
+    `term` has to return a new tensor, which is written over.
+    """
+    if probs.stride(1) == 1:
+        # channels_last: the classes of a pixel are neighbours in memory. A single class
+        # would touch all of the memory to read a part of it: all are taken at once.
         return term(_at_least_float32(probs)).sum(1)
-    return functools.reduce(Tensor.add_, (term(_at_least_float32(p)) for p in probs.unbind(1)))
+    # Otherwise one class at a time, added in place: no temporary of the size of probs.
+    classes = probs.unbind(1)
+    total = term(_at_least_float32(classes[0]))
+    for class_probs in classes[1:]:
+        total.add_(term(_at_least_float32(class_probs)))
+    return total
+
+
+# -------------------------------------------------------------------------- measures of an ensemble
+
+
+def largest_std(count: int) -> float:
+    """The largest unbiased std of `count` >= 2 values in [0, 1]: half of them are 0, half 1."""
+    half = count // 2
+    return math.sqrt(half * (count - half) / (count * (count - 1)))
+
+
+# The largest unbiased standard deviation of any number of members: that of two members,
+# one at 0 and one at 1. With more members it is smaller (0.527 for ten).
+MAX_STD = largest_std(2)
+
+
+def mutual_information(probs: Tensor, expected_entropy: Tensor) -> Tensor:
+    """H(mean p) - mean H(p) of mean probs [B, C, ...] and mean entropies [B, ...]: [B, ...].
+
+    It is what the members disagree about, in nats, 0..log C (Depeweg et al. 2018). It
+    is clamped at 0, below which only rounding leads.
+    """
+    return (predictive_entropy(probs) - expected_entropy).clamp(min=0)
+
+
+class Measure(NamedTuple):
+    """One uncertainty of an ensemble: how it is computed, and how a student learns it.
+
+    A student's output lies in [0, 1]. What it learns is the measure divided by
+    `scale(C)`, which must lie between 0 and `largest`. For example, the variance of a
+    probability is at most 0.5, and is no entropy:
+
+        "variance": Measure(lambda prediction: prediction.std.square(), largest=0.5)
+
+    while any entropy, at most log C nats, has largest=1.0 and in_nats=True.
+    """
+
+    # Of an ensemble's prediction, anything that has the attributes probs [B, C, H, W],
+    # std [B, H, W] and expected_entropy [B, H, W] (model.EnsemblePrediction): the
+    # measure, float32 [B, H, W].
+    function: Callable[[Any], Tensor]
+    # The largest value that the student may have to learn. Stored targets are quantised
+    # over 0..largest: a value above it is clipped without a warning.
+    largest: float
+    in_nats: bool = False  # an entropy, at most log C: the student learns it divided by log C
+    needs_expected_entropy: bool = False  # costs the ensemble one entropy per member
+
+    def scale(self, num_classes: int) -> float:
+        """What a student's output of 1 stands for: log C nats for an entropy, otherwise 1."""
+        return math.log(num_classes) if self.in_nats else 1.0
+
+
+# What a student can learn of a teacher. "std" is the paper's: the unbiased standard
+# deviation over the members of the probability of the predicted class. To add a
+# measure, add an entry.
+MEASURES: dict[str, Measure] = {
+    "std": Measure(lambda prediction: prediction.std, largest=MAX_STD),
+    "entropy": Measure(
+        lambda prediction: predictive_entropy(prediction.probs),
+        largest=1.0,
+        in_nats=True,
+    ),
+    "mutual_information": Measure(
+        lambda prediction: mutual_information(prediction.probs, prediction.expected_entropy),
+        largest=1.0,
+        in_nats=True,
+        needs_expected_entropy=True,
+    ),
+    "msp": Measure(lambda prediction: max_softmax(prediction.probs), largest=1.0),
+}
+
+
+def ensemble_measures(prediction: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    """The named `MEASURES` of an ensemble's prediction, in that order, each [B, H, W].
+
+    They are as they are, not as a student learns them: entropies are in nats.
+    """
+    return {name: MEASURES[name].function(prediction) for name in names}
+
+
+# -------------------------------------------------------------------------- histograms over float16
+#
+# The bits of a float16 without its sign are in the order of its magnitude. So the
+# bucket of a score v is ZERO_BUCKET plus these bits, or minus them where v is negative,
+# and buckets are in the order of the scores. Only NaN lies beyond the two infinities.
+
+BUCKETS = 65536
+ZERO_BUCKET = 32768  # the bucket of 0.0
+INFINITY_BITS = 0x7C00  # the bits of infinity; larger ones are NaN
+LOWEST_BUCKET = ZERO_BUCKET - INFINITY_BITS  # the bucket of -infinity
+HIGHEST_BUCKET = ZERO_BUCKET + INFINITY_BITS  # the bucket of +infinity
 
 
 def float16_bucket(scores: Tensor) -> Tensor:
-    """Each score's place in float16's order: int32 0..65535, NaN outside LOWEST..HIGHEST."""
+    """The bucket of each score, rounded to float16: int32 0..65535, in the order of the scores.
+
+    NaN lands below LOWEST_BUCKET or above HIGHEST_BUCKET. `bucket_values` leads back.
+    Tested by test_buckets_are_in_the_order_of_all_float16_values.
+    """
     bits = scores.detach().to(torch.float16).view(torch.int16)
-    sign = bits >> 15  # 0 or -1
-    return (bits & 0x7FFF).bitwise_xor_(sign).sub_(sign).int().add_(ZERO)  # negated where sign
+    magnitude = bits & 0x7FFF
+    # As an integer, `bits` is negative where the sign bit is set: where the score is.
+    offset = magnitude.mul_(bits.sign())
+    return offset.int().add_(ZERO_BUCKET)
 
 
 def bucket_values() -> np.ndarray:
     """The score of each bucket: float64 [65536], ascending between the NaN at both ends."""
-    offset = np.arange(BUCKETS) - ZERO
-    magnitude = np.minimum(np.abs(offset), 0x7FFF).astype(np.uint16).view(np.float16)
-    return np.copysign(magnitude.astype(np.float64), offset)
+    offset = np.arange(BUCKETS) - ZERO_BUCKET
+    # The first bucket's bits would be 0x8000, of which the sign is set: any NaN will do.
+    bits = np.minimum(np.abs(offset), 0x7FFF)
+    magnitude = bits.astype(np.uint16).view(np.float16).astype(np.float64)
+    return np.copysign(magnitude, offset)
 
 
-def thin_curve(x: np.ndarray, y: np.ndarray, points: int = 200) -> np.ndarray:
-    """Indices of at most `points` points of a curve, for plots: both ends, and evenly in between by
-    |dx| + |dy| relative to the ranges, so that flat and steep parts keep theirs."""
-    if len(x) <= points:
-        return np.arange(len(x))
-    steps = sum(np.abs(np.diff(v)) / max(np.ptp(v), 1e-300) for v in (x, y))
-    length = np.append(0, np.cumsum(steps))
-    chosen = np.searchsorted(length, np.linspace(0, length[-1], points)[:-1])
-    return np.unique(np.append(chosen, len(x) - 1))
+def _histogram_of(index: Tensor, size: int, weights: Tensor | None = None) -> Tensor:
+    """How often each of 0..size-1 occurs in the flat index: int64 [size].
 
-
-def _mean(values: np.ndarray) -> float:
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else NAN
-
-
-def _ratio(a, b) -> np.ndarray:
-    """a / b in float64, NaN where b is 0."""
-    a, b = np.broadcast_arrays(np.asarray(a, np.float64), np.asarray(b, np.float64))
-    return np.divide(a, b, out=np.full(a.shape, NAN), where=b != 0)
-
-
-def _count(index: Tensor, size: int, weights: Tensor | None = None) -> Tensor:
-    """How often each of 0..size-1 is in the flat index, int64 [size]; or the sums of weights."""
+    With weights, one for each entry of index, it holds the sum of the weights instead.
+    """
     if index.device.type == "cpu":
         return torch.bincount(index, weights, minlength=size)
-    # On CUDA bincount waits for the device. Most pixels share a few buckets, where atomic additions
-    # would queue up: neighbouring pixels use different lanes of a bucket.
+    # On CUDA bincount asks for the largest index, and so waits for the device.
+    return _histogram_in_lanes(index, size, weights)
+
+
+def _histogram_in_lanes(index: Tensor, size: int, weights: Tensor | None = None) -> Tensor:
+    """`_histogram_of` without waiting for the device, by atomic additions."""
+    # Most pixels share a few buckets (certainty is common), where the additions would
+    # queue up. So each bucket is split into lanes, and neighbouring pixels use
+    # different ones: about a million cells in all, but at most 1024 a bucket.
     lanes = min(max(2**20 // size, 1), 1024)
-    index = index.long() * lanes + torch.arange(len(index), device=index.device) % lanes
+    lane = torch.arange(len(index), device=index.device) % lanes
+    cell = index.long() * lanes + lane
     if weights is None:
         weights = torch.ones(1, dtype=torch.int32, device=index.device).expand(len(index))
     table = torch.zeros(size * lanes, dtype=weights.dtype, device=index.device)
-    return table.scatter_add_(0, index, weights).view(size, lanes).sum(1)
+    table.scatter_add_(0, cell, weights)
+    return table.view(size, lanes).sum(1)  # [size]
 
 
-def _class_index(labels: Tensor, num_classes: int, valid: Tensor | None = None) -> Tensor:
-    """Flat uint8 labels; what is not valid or outside 0..num_classes-1 becomes num_classes."""
-    if labels.is_floating_point() or num_classes > 254:
-        raise ValueError(f"need integer labels, at most 254 classes: {labels.dtype}, {num_classes}")
-    if labels.dtype not in (torch.uint8, torch.bool):
-        labels = labels.long().clamp(-1, 255)  # -1 wraps to 255
-    labels = labels.reshape(-1).to(torch.uint8).clamp(max=num_classes)
-    return labels if valid is None else torch.where(valid.reshape(-1), labels, num_classes)
+# ---------------------------------------------------------------------- what all accumulators share
+
+NAN = float("nan")
+Device = torch.device | str | None
 
 
-def _check_shapes(**tensors: Tensor | None) -> None:
-    shapes = {name: tuple(x.shape) for name, x in tensors.items() if x is not None}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"shapes differ: {shapes}")
-
-
-def _check_nan(number: int, pixels: int) -> None:
-    if number:
-        raise MetricError(f"{number} of {pixels} scores are NaN: the networks' outputs are not "
-                          "finite; check their weights, or use --amp off")  # fmt: skip
+class MetricError(ValueError):
+    """Scores that cannot be measured; the message says what to check."""
 
 
 class Accumulator:
-    """State tensors that `update` adds to. layout: their shapes by name, float64 if it begins with
-    "sum", otherwise int64. device: where they live; None means where the first batch is."""
+    """A metric: named tensors (`state`) to which `update` adds and from which `compute` reads.
 
-    def __init__(self, device: torch.device | str | None = None, **layout: tuple[int, ...]):
+    A subclass makes its state in __init__ with `_new_counts` (int64) and `_new_sums`
+    (float64), all 0 at first, and implements
+
+        update(...)             adds what a batch holds, with `_add`;
+        compute() -> dict       the figures as plain floats, ints and lists, from `_numpy`.
+
+    Adding is all that happens to the state: hence neither the batches nor their order
+    matter, and the state of several processes is the sum of theirs. device: where the
+    state lives; None means where the first batch is.
+    """
+
+    def __init__(self, device: Device = None):
         self.device = None if device is None else torch.device(device)
-        self.layout = layout
-        self.reset()
+        self.state: dict[str, Tensor] = {}
 
     def reset(self) -> None:
         """Forget all that was counted."""
-        self.state = {}
-        for name, shape in self.layout.items():
-            dtype = torch.float64 if name.startswith("sum") else torch.int64
-            with torch.inference_mode(False):  # else nothing could add to them outside of it
-                self.state[name] = torch.zeros(shape, dtype=dtype, device=self.device or "cpu")
+        for name, tensor in list(self.state.items()):
+            self._new_state(name, tensor.shape, tensor.dtype)
 
     def all_reduce(self) -> None:
         """Sum over all processes: call it once, after the last update. Alone, it does nothing."""
         if not (dist.is_available() and dist.is_initialized()):
             return
         for name in self.state:
-            if dist.get_backend() == "nccl":  # without a batch the zeros are still on the CPU
+            if dist.get_backend() == "nccl":
+                # A process that saw no batch still has its zeros on the CPU.
                 self.state[name] = self.state[name].cuda()
             dist.all_reduce(self.state[name])
 
+    def _new_counts(self, name: str, *shape: int) -> None:
+        """State for counts of pixels; without a shape it is a single number."""
+        self._new_state(name, shape, torch.int64)
+
+    def _new_sums(self, name: str, *shape: int) -> None:
+        """State for sums of scores; float64, for there are millions of pixels to sum over."""
+        self._new_state(name, shape, torch.float64)
+
+    def _new_state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        # Nothing could be added to a tensor of inference mode outside of that mode.
+        with torch.inference_mode(False):
+            self.state[name] = torch.zeros(shape, dtype=dtype, device=self.device or "cpu")
+
     def _add(self, name: str, values: Tensor) -> None:
+        """Add to a state of as many numbers."""
         if self.device is None:
             self.device = values.device
-            self.reset()  # zeros on that device
-        self.state[name] += values.detach().view(self.layout[name])
+            self.reset()  # nothing is lost: these are the first values
+        self.state[name] += values.detach().view(self.state[name].shape)
 
     def _numpy(self, name: str) -> np.ndarray:
+        """A state as an array; waits for the device."""
         return self.state[name].cpu().numpy()
 
 
-class ConfusionMatrix(Accumulator):
-    """IoU and accuracies, all 0..1."""
+def _flat_classes(labels: Tensor, num_classes: int, valid: Tensor | None = None) -> Tensor:
+    """Integers of any shape as flat uint8 [N] in which all that is void is num_classes.
 
-    def __init__(self, num_classes: int, device=None):
-        self.num_classes = num_classes  # [label, prediction], and last void and what is no class
-        super().__init__(device, matrix=(num_classes + 1, num_classes + 1))
+    Void is what lies outside 0..num_classes-1, and what is not valid. Void pixels thus get
+    a separate row in a histogram. To leave them out instead, one would have to know how
+    many are left, and wait for the GPU to say so.
+    """
+    if labels.is_floating_point() or num_classes > 254:
+        raise ValueError(f"need integer labels, at most 254 classes: {labels.dtype}, {num_classes}")
+    if labels.dtype not in (torch.uint8, torch.bool):
+        # What is void has to be void as uint8 too: -1 becomes 255.
+        labels = labels.long().clamp(-1, 255)
+    classes = labels.reshape(-1).to(torch.uint8).clamp(max=num_classes)
+    if valid is None:
+        return classes
+    return torch.where(valid.reshape(-1), classes, num_classes)
+
+
+def _check_same_shape(**tensors: Tensor | None) -> None:
+    """Raises ValueError with all shapes where they differ; None has none."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"shapes differ: {shapes}")
+
+
+def _check_no_nan(nan_pixels: int, pixels: int) -> None:
+    """Raises MetricError where some of the scores were NaN."""
+    if nan_pixels:
+        raise MetricError(
+            f"{nan_pixels} of {pixels} scores are NaN: the networks' outputs are not "
+            "finite; check their weights, or use --amp off"
+        )
+
+
+def _ratio(numerator: Any, denominator: Any) -> np.ndarray:
+    """numerator / denominator in float64, with broadcasting; NaN where the denominator is 0."""
+    numerator = np.asarray(numerator, np.float64)
+    denominator = np.asarray(denominator, np.float64)
+    numerator, denominator = np.broadcast_arrays(numerator, denominator)
+    undefined = np.full(numerator.shape, NAN)
+    return np.divide(numerator, denominator, out=undefined, where=denominator != 0)
+
+
+def _mean_of_defined(values: np.ndarray) -> float:
+    """The mean of what is not NaN; NaN where nothing is left."""
+    defined = values[~np.isnan(values)]
+    if len(defined) == 0:
+        return NAN
+    return float(defined.mean())
+
+
+# ------------------------------------------------------------------------------------- segmentation
+
+
+class ConfusionMatrix(Accumulator):
+    """Intersection over union and accuracies of a segmentation, all 0..1.
+
+    With n_ij the number of pixels of class i that are predicted as class j,
+
+        IoU_c               = n_cc / (sum_j n_cj + sum_i n_ic - n_cc)
+        mIoU                = mean of IoU_c          over classes with a label or a prediction
+        pixel accuracy      = sum_c n_cc / sum_ij n_ij
+        mean class accuracy = mean of n_cc / sum_j n_cj      over classes with a label
+
+    NaN: IoU_c of a class that is neither labelled nor predicted; the others without pixels.
+    Tested by test_confusion_by_hand, test_confusion_all_right_all_wrong_one_class,
+    test_void_labels_of_any_integer_type, test_predictions_that_are_no_class_raise.
+    """
+
+    def __init__(self, num_classes: int, device: Device = None):
+        super().__init__(device)
+        self.num_classes = num_classes
+        # [label, prediction]; the last row is void, the last column is no class
+        self._new_counts("matrix", num_classes + 1, num_classes + 1)
 
     def update(self, prediction: Tensor, labels: Tensor) -> None:
         """prediction, labels: integers, [B, H, W] or any one shape."""
-        _check_shapes(prediction=prediction, labels=labels)
+        _check_same_shape(prediction=prediction, labels=labels)
         side = self.num_classes + 1
-        index = _class_index(labels, side - 1).int() * side + _class_index(prediction, side - 1)
-        self._add("matrix", _count(index, side * side))
+        row = _flat_classes(labels, self.num_classes).int()
+        column = _flat_classes(prediction, self.num_classes)
+        self._add("matrix", _histogram_of(row * side + column, side * side))
 
     def compute(self) -> dict:
-        """-> miou (over classes with a non-empty union), iou (list, NaN for the others),
-        pixel_accuracy, mean_class_accuracy (over the labelled classes), n (pixels)."""
-        matrix = self._numpy("matrix")[:-1]
-        if matrix[:, -1].any():
-            raise ValueError(f"{matrix[:, -1].sum()} predictions outside 0..{self.num_classes - 1}")
-        right, labelled, predicted = np.diag(matrix), matrix.sum(1), matrix[:, :-1].sum(0)
-        iou, n = _ratio(right, labelled + predicted - right), int(matrix.sum())
-        accuracy, class_accuracy = float(_ratio(right.sum(), n)), _mean(_ratio(right, labelled))
-        result = dict(miou=_mean(iou), iou=iou.tolist(), pixel_accuracy=accuracy)
-        return result | dict(mean_class_accuracy=class_accuracy, n=n)
+        """Keys: miou, iou (a list, one per class), pixel_accuracy, mean_class_accuracy, n (pixels).
+
+        Raises ValueError where a prediction at a labelled pixel is no class.
+        """
+        matrix = self._numpy("matrix")[:-1]  # [C, C + 1], without the void pixels
+        no_class = matrix[:, -1].sum()
+        if no_class:
+            raise ValueError(f"{no_class} predictions outside 0..{self.num_classes - 1}")
+        matrix = matrix[:, :-1]  # [C, C]
+
+        correct = np.diag(matrix)  # [C]
+        labelled = matrix.sum(1)
+        predicted = matrix.sum(0)
+        iou = _ratio(correct, labelled + predicted - correct)
+        pixels = matrix.sum()
+        return {
+            "miou": _mean_of_defined(iou),
+            "iou": iou.tolist(),
+            "pixel_accuracy": float(_ratio(correct.sum(), pixels)),
+            "mean_class_accuracy": _mean_of_defined(_ratio(correct, labelled)),
+            "n": int(pixels),
+        }
+
+
+# -------------------------------------------------------------------------------------- calibration
 
 
 class ProperScores(Accumulator):
-    """NLL = mean(-log p_y) in nats; Brier = mean(sum_c (p_c - 1[c = y])^2), 0..2."""
+    """Negative log-likelihood and Brier score: lower is better, the truth is optimal.
 
-    def __init__(self, device=None):
-        super().__init__(device, n=(1,), sums=(2,))
+    With y the label of a pixel,
+
+        NLL   = mean over pixels of -log p_y                          in nats, 0..87.3
+        Brier = mean over pixels of sum_c (p_c - 1[c = y])^2          0..2
+
+    A single p_y that underflows must not make the mean infinite: p_y counts as 1.2e-38 at
+    least. Both are pooled over all labelled pixels.
+    NaN: both, without any labelled pixel.
+    Tested by test_proper_scores_equal_brute_force, test_proper_scores_by_hand.
+    """
+
+    def __init__(self, device: Device = None):
+        super().__init__(device)
+        self._new_counts("pixels")
+        self._new_sums("nll")
+        self._new_sums("brier")
 
     def update(self, probs: Tensor, labels: Tensor) -> None:
-        """probs: [B, C, ...]; labels: [B, ...]. p_y counts as 1.2e-38 (87 nats) at least."""
-        _check_shapes(probs=probs[:, 0], labels=labels)
-        index = _class_index(labels, probs.shape[1]).view(labels.shape)
-        valid = index < probs.shape[1]
-        index = torch.where(valid, index, 0).long()
-        p_y = _at_least_float32(probs.gather(1, index.unsqueeze(1)).squeeze(1))  # [B, ...]
-        nll = -p_y.clamp(min=TINY).log()  # one underflow must not make the mean infinite
+        """probs: [B, C, ...]; labels: integers [B, ...]."""
+        _check_same_shape(probs=probs[:, 0], labels=labels)
+        num_classes = probs.shape[1]
+        classes = _flat_classes(labels, num_classes).view(labels.shape)
+        valid = classes < num_classes
+        # `gather` needs a class everywhere: void pixels get class 0, and no part in the sums.
+        classes = torch.where(valid, classes, 0).long()
+        p_y = probs.gather(1, classes.unsqueeze(1)).squeeze(1)  # [B, ...]
+        p_y = _at_least_float32(p_y)
+
+        nll = -p_y.clamp(min=TINY).log()
+        # Multiplied out: sum_c (p_c - 1[c = y])^2 = sum_c p_c^2 - 2 p_y + 1
         brier = _sum_over_classes(torch.square, probs) - 2 * p_y + 1
-        self._add("n", valid.sum())
-        sums = [torch.where(valid, x, 0).sum(dtype=torch.float64) for x in (nll, brier)]
-        self._add("sums", torch.stack(sums))
+        self._add("pixels", valid.sum())
+        self._add("nll", torch.where(valid, nll, 0).sum(dtype=torch.float64))
+        self._add("brier", torch.where(valid, brier, 0).sum(dtype=torch.float64))
 
     def compute(self) -> dict:
-        """-> nll, brier, n (pixels)."""
-        n, sums = int(self._numpy("n")[0]), self._numpy("sums")
-        return dict(nll=float(_ratio(sums[0], n)), brier=float(_ratio(sums[1], n)), n=n)
+        """Keys: nll, brier, n (pixels)."""
+        pixels = int(self._numpy("pixels"))
+        return {
+            "nll": float(_ratio(self._numpy("nll"), pixels)),
+            "brier": float(_ratio(self._numpy("brier"), pixels)),
+            "n": pixels,
+        }
 
 
 class CalibrationError(Accumulator):
-    """Of the max softmax: ECE = sum_b n_b/N |acc_b - conf_b| over bins (b/bins, (b+1)/bins], MCE =
-    the largest of these gaps (Guo et al. 2017)."""
+    """How far the confidence is from the accuracy (Guo et al. 2017); 0..1, lower is better.
 
-    def __init__(self, bins: int = 15, device=None):
+    The confidence of a pixel is the maximum of its softmax. Pixels are sorted into
+    equal bins (b/bins, (b+1)/bins] by it; of n_b pixels in a bin, of N in all,
+
+        ECE = sum_b n_b/N |accuracy_b - confidence_b|
+        MCE = max_b       |accuracy_b - confidence_b|       over the bins that are not empty
+
+    where accuracy_b is the bin's share of correct pixels, confidence_b its mean confidence.
+    NaN: both, without any labelled pixel; accuracy_b and confidence_b of an empty bin.
+    Tested by test_calibration_equals_brute_force, test_calibration_by_hand.
+    """
+
+    def __init__(self, bins: int = 15, device: Device = None):
+        super().__init__(device)
         self.bins = bins
-        super().__init__(device, counts=(2, bins), sum_confidence=(bins,))
+        self._new_counts("pixels", bins)
+        self._new_counts("correct", bins)
+        self._new_sums("confidence", bins)
 
     def update(self, probs: Tensor, labels: Tensor, prediction: Tensor | None = None) -> None:
         """probs: [B, C, ...]; labels: [B, ...]; prediction: probs.max(1).indices, if at hand."""
-        _check_shapes(probs=probs[:, 0], labels=labels, prediction=prediction)
-        prediction = probs.max(1).indices if prediction is None else prediction
+        _check_same_shape(probs=probs[:, 0], labels=labels, prediction=prediction)
+        if prediction is None:
+            prediction = probs.max(1).indices
+        num_classes = probs.shape[1]
         confidence = _at_least_float32(probs.amax(1)).reshape(-1)
-        index = _class_index(labels, probs.shape[1])
-        # clamped, so that confidences outside 0..1 and NaN do not leave the table
-        place = (confidence * self.bins).ceil_().int().sub_(1).clamp_(0, self.bins - 1)
-        place = torch.where(index < probs.shape[1], place, self.bins)
-        right = torch.where(index == prediction.reshape(-1), place, self.bins)
-        counts = [_count(x, self.bins + 1)[:-1] for x in (place, right)]
-        self._add("counts", torch.stack(counts))
-        self._add("sum_confidence", _count(place, self.bins + 1, confidence.double())[:-1])
+        classes = _flat_classes(labels, num_classes)
+
+        # Bin b is (b/bins, (b+1)/bins], hence the ceiling. The clamp keeps confidences
+        # outside of 0..1, and NaN, in the table; void pixels go to a bin after the last.
+        bin_index = (confidence * self.bins).ceil_().int().sub_(1).clamp_(0, self.bins - 1)
+        bin_index = torch.where(classes < num_classes, bin_index, self.bins)
+        correct = classes == prediction.reshape(-1)
+        bin_of_correct = torch.where(correct, bin_index, self.bins)
+
+        size = self.bins + 1
+        self._add("pixels", _histogram_of(bin_index, size)[:-1])
+        self._add("correct", _histogram_of(bin_of_correct, size)[:-1])
+        self._add("confidence", _histogram_of(bin_index, size, confidence.double())[:-1])
 
     def compute(self) -> dict:
-        """-> ece, mce (of non-empty bins), 0..1, n (pixels), and bins, the reliability diagram:
-        lists lower (edge), count, accuracy, confidence (NaN in empty bins)."""
-        count, right = self._numpy("counts")
-        accuracy, confidence = _ratio(right, count), _ratio(self._numpy("sum_confidence"), count)
+        """Keys: ece, mce, n (pixels) and bins, the reliability diagram.
+
+        bins has the lists lower (edge of the bin), count, accuracy, confidence.
+        """
+        count = self._numpy("pixels")  # [bins]
+        accuracy = _ratio(self._numpy("correct"), count)
+        confidence = _ratio(self._numpy("confidence"), count)
         used = count > 0
         gaps = np.abs(accuracy - confidence)[used]
-        ece = float(_ratio((count[used] * gaps).sum(), count.sum()))
-        mce = float(gaps.max()) if len(gaps) else NAN
+        ece = _ratio((count[used] * gaps).sum(), count.sum())
+        mce = gaps.max() if len(gaps) else NAN
         lower = np.arange(self.bins) / self.bins
-        bins = dict(lower=lower, count=count, accuracy=accuracy, confidence=confidence)
-        bins = {name: x.tolist() for name, x in bins.items()}
-        return dict(ece=ece, mce=mce, n=int(count.sum()), bins=bins)
+        return {
+            "ece": float(ece),
+            "mce": float(mce),
+            "n": int(count.sum()),
+            "bins": {
+                "lower": lower.tolist(),
+                "count": count.tolist(),
+                "accuracy": accuracy.tolist(),
+                "confidence": confidence.tolist(),
+            },
+        }
+
+
+# ---------------------------------------------------------------------------------------- detection
+
+
+class ScoreCounts(NamedTuple):
+    """How many pixels of flag 0 and of flag 1 have each distinct score; three arrays [S]."""
+
+    scores: np.ndarray  # float64, ascending
+    flag_0: np.ndarray  # int64: the negatives of `Detection`, the errors of `SelectivePrediction`
+    flag_1: np.ndarray  # int64: the positives of `Detection`, the correct pixels of the other
 
 
 class _ScoreHistogram(Accumulator):
-    def __init__(self, device=None):
-        super().__init__(device, histogram=(3, BUCKETS))  # flag 0, flag 1, void
+    """How often each float16 score occurs at pixels of flag 0, of flag 1 and of none (void).
 
-    def _update(self, scores: Tensor, flags: Tensor, valid: Tensor | None) -> None:
-        _check_shapes(scores=scores, flags=flags, valid=valid)
-        index = _class_index(flags, 2, valid).int().mul_(BUCKETS)
+    `Detection` and `SelectivePrediction` are two readings of it. It holds the scores of
+    a split without loss: all that is lost is where a pixel was.
+    """
+
+    def __init__(self, device: Device = None):
+        super().__init__(device)
+        self._new_counts("histogram", 3, BUCKETS)  # rows: flag 0, flag 1, void
+
+    def _count(self, scores: Tensor, flags: Tensor, valid: Tensor | None) -> None:
+        """Adds a batch; see the public `update` of the subclasses."""
+        _check_same_shape(scores=scores, flags=flags, valid=valid)
+        row = _flat_classes(flags, 2, valid).int()  # 0, 1, or 2 for void
+        index = row.mul_(BUCKETS)  # into the flattened histogram
         index += float16_bucket(scores).reshape(-1)
-        self._add("histogram", _count(index, 3 * BUCKETS))
+        self._add("histogram", _histogram_of(index, 3 * BUCKETS))
 
-    def _distinct(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The scores that occur, ascending, and the counts of flag 0 and of flag 1 at each."""
-        counts = self._numpy("histogram")[:2]
+    def _fill(self, flag_0: Tensor, flag_1: Tensor) -> None:
+        """Take over counts [BUCKETS] of pixels that were counted elsewhere."""
+        void = torch.zeros_like(flag_0)  # nothing reads how many are void, so zeros will do
+        self.state["histogram"] = torch.stack([flag_0, flag_1, void])
+
+    def _score_counts(self) -> ScoreCounts:
+        """The scores that occur, and the pixels at each.
+
+        Without any pixel there is one score, NaN, at 0 pixels: then all that is computed
+        from it is NaN. Raises MetricError where scores were NaN.
+        """
+        counts = self._numpy("histogram")[:2]  # [2, BUCKETS], without void
         pixels = counts.sum(0)
-        _check_nan(pixels.sum() - pixels[LOWEST : HIGHEST + 1].sum(), pixels.sum())
-        occupied = np.flatnonzero(pixels) if pixels.any() else [0]  # 0 pixels, at NaN: all is NaN
-        return bucket_values()[occupied], counts[0, occupied], counts[1, occupied]
+        numbers = pixels[LOWEST_BUCKET : HIGHEST_BUCKET + 1].sum()
+        _check_no_nan(pixels.sum() - numbers, pixels.sum())
+        if pixels.any():
+            occupied = np.flatnonzero(pixels)
+        else:
+            occupied = np.array([0])  # a bucket of NaN
+        return ScoreCounts(bucket_values()[occupied], counts[0, occupied], counts[1, occupied])
 
 
 class Detection(_ScoreHistogram):
-    """Does a score tell positives (errors or anomalies, where it should be higher) from negatives?
-    Equal scores, after rounding, are one threshold."""
+    """Does a score tell positives from negatives? Positives are errors or anomalies.
+
+    At a threshold, the pixels with score >= threshold are called positive. If these are
+    TP of the P positives and FP of the N negatives,
+
+        TPR = recall = TP / P        FPR = FP / N        precision = TP / (TP + FP)
+
+    The thresholds k = 1, 2, ... are the distinct scores, from the highest to the
+    lowest: scores that are equal after rounding cannot be told apart. From FPR_0 = 0 and
+    TPR_0 = 0 on,
+
+        AUROC = sum_k (FPR_k - FPR_{k-1}) (TPR_k + TPR_{k-1}) / 2        ties count half
+        AP    = sum_k (TPR_k - TPR_{k-1}) precision_k
+        FPR95 = FPR at the first threshold with TPR >= 0.95
+
+    All lie in 0..1; AUROC and AP are better when higher, FPR95 when lower.
+    evaluate.py calls `update` for anomalies alone. For errors it takes the `Detection` that
+    `RejectionCurve.error_metrics` makes of its counts, so the AUROC of errors in
+    metrics.json never passes `update`.
+    NaN: all three, where there is no positive or no negative.
+    Tested by test_detection_equals_brute_force_on_rounded_scores,
+    test_detection_equals_scikit_learn, test_detection_by_hand; the best F1 by
+    test_best_f1_equals_brute_force.
+    """
 
     def update(self, scores: Tensor, positives: Tensor, valid: Tensor | None = None) -> None:
         """scores: floats, any shape; positives: bool or 0 / 1 / void; valid: bool, False = void."""
-        self._update(scores, positives, valid)
+        self._count(scores, positives, valid)
 
     def curves(self) -> dict[str, np.ndarray]:
-        """ROC and PR at the distinct thresholds (positive = score >= threshold), descending: arrays
-        threshold, fpr, tpr, precision, recall. The ROC's (0, 0) is not in them. See thin_curve."""
-        values, negatives, positives = (x[::-1] for x in self._distinct())
-        tp, fp = np.cumsum(positives), np.cumsum(negatives)
-        tpr, fpr, precision = _ratio(tp, tp[-1]), _ratio(fp, fp[-1]), _ratio(tp, tp + fp)
-        return dict(threshold=values, fpr=fpr, tpr=tpr, precision=precision, recall=tpr)
+        """ROC and PR curve at the thresholds, descending; float64 arrays [S].
+
+        Keys: threshold, fpr, tpr, precision, recall. The ROC's first point (0, 0) is
+        not in them. `thin_curve` makes them short enough for a plot.
+        """
+        counts = self._score_counts()
+        # From the highest score down, a cumulative sum is what is at or above a threshold.
+        tp = np.cumsum(counts.flag_1[::-1])  # positives
+        fp = np.cumsum(counts.flag_0[::-1])  # negatives
+        tpr = _ratio(tp, tp[-1])
+        return {
+            "threshold": counts.scores[::-1],
+            "fpr": _ratio(fp, fp[-1]),
+            "tpr": tpr,
+            "precision": _ratio(tp, tp + fp),
+            "recall": tpr,
+        }
 
     def compute(self) -> dict:
-        """-> auroc (trapezoid: ties count half), ap = sum (R_n - R_{n-1}) P_n, fpr95 (at the first
-        threshold with TPR >= 0.95), all 0..1, NaN if positives or negatives lack; n, positives."""
+        """Keys: auroc, ap, fpr95, n (pixels), positives (pixels)."""
+        curves = self.curves()  # first of all: it raises where scores are NaN
         negatives, positives = self._numpy("histogram")[:2].sum(1).tolist()
-        _, fpr, tpr, precision, _ = self.curves().values()
         auroc = ap = fpr95 = NAN
-        if positives and negatives:
-            steps = np.diff(tpr, prepend=0)
-            auroc = float((np.diff(fpr, prepend=0) * (tpr - steps / 2)).sum())
-            ap = float((steps * precision).sum())
-            fpr95 = float(fpr[np.argmax(tpr >= 0.95)])
-        return dict(auroc=auroc, ap=ap, fpr95=fpr95, n=positives + negatives, positives=positives)
+        if positives > 0 and negatives > 0:
+            fpr = curves["fpr"]
+            tpr = curves["tpr"]
+            fpr_steps = np.diff(fpr, prepend=0)
+            tpr_steps = np.diff(tpr, prepend=0)
+            # (TPR_k + TPR_{k-1}) / 2 is TPR_k less half a step
+            auroc = float((fpr_steps * (tpr - tpr_steps / 2)).sum())
+            ap = float((tpr_steps * curves["precision"]).sum())
+            fpr95 = float(fpr[np.argmax(tpr >= 0.95)])  # argmax: the first that is True
+        return {
+            "auroc": auroc,
+            "ap": ap,
+            "fpr95": fpr95,
+            "n": positives + negatives,
+            "positives": positives,
+        }
 
     def best_f1(self) -> dict[str, float]:
-        """-> f1, the best of score >= threshold, and f1_threshold, the highest where several do as
-        well; NaN without positives."""
-        threshold, _, _, precision, recall = self.curves().values()
+        """The threshold (positive = score >= threshold) with the best F1 = 2 P R / (P + R).
+
+        Keys: f1 (0..1), f1_threshold (the highest, where several do as well); both NaN
+        without positives.
+        """
+        curves = self.curves()
+        precision = curves["precision"]
+        recall = curves["recall"]
         f1 = np.nan_to_num(_ratio(2 * precision * recall, precision + recall))
         best = np.argmax(f1)
-        found = (f1[best], threshold[best]) if f1[best] > 0 else (NAN, NAN)
-        return dict(zip(("f1", "f1_threshold"), map(float, found), strict=True))
+        if f1[best] > 0:
+            return {"f1": float(f1[best]), "f1_threshold": float(curves["threshold"][best])}
+        return {"f1": NAN, "f1_threshold": NAN}
 
 
-def pairs_auroc(positives, negatives) -> float:
-    """AUROC of short lists of scores, unrounded: the share of pairs in order, ties half; NaN if one
-    list is empty."""
-    positives, negatives = np.asarray(positives, float), np.sort(np.asarray(negatives, float))
-    if not (len(positives) and len(negatives)):
+def pairs_auroc(positives: Iterable[float], negatives: Iterable[float]) -> float:
+    """AUROC of two short lists of scores, which are not rounded; NaN if one list is empty.
+
+    It is the share of pairs (positive, negative) in which the positive has the higher
+    score, equal scores counting half. Tested by test_auroc_of_lists.
+    """
+    positives = np.asarray(positives, float)
+    negatives = np.sort(np.asarray(negatives, float))
+    if len(positives) == 0 or len(negatives) == 0:
         return NAN
-    below = sum(np.searchsorted(negatives, positives, side) for side in ("left", "right"))
-    return float(below.mean() / (2 * len(negatives)))
+    below = np.searchsorted(negatives, positives, side="left")
+    below_or_equal = np.searchsorted(negatives, positives, side="right")
+    # The mean of the two is what each positive is above of, with ties at a half.
+    return float((below + below_or_equal).mean() / (2 * len(negatives)))
+
+
+def thin_curve(x: np.ndarray, y: np.ndarray, points: int = 200) -> np.ndarray:
+    """Indices of at most `points` points of a curve, for plots.
+
+    Both ends are kept. In between the points are even by |dx| + |dy|, each relative to
+    its range, so that both flat and steep parts keep theirs. Tested by
+    test_thin_curve_keeps_ends_and_shape.
+    """
+    if len(x) <= points:
+        return np.arange(len(x))
+    smallest_range = 1e-300  # where x or y never changes
+    x_steps = np.abs(np.diff(x)) / max(np.ptp(x), smallest_range)
+    y_steps = np.abs(np.diff(y)) / max(np.ptp(y), smallest_range)
+    length = np.append(0, np.cumsum(x_steps + y_steps))  # of the curve up to each point
+    wanted = np.linspace(0, length[-1], points)
+    chosen = np.searchsorted(length, wanted[:-1])
+    return np.unique(np.append(chosen, len(x) - 1))
+
+
+# --------------------------------------------------------------------------------------- components
 
 
 def connected_components(mask: np.ndarray) -> np.ndarray:
-    """8-connected components of a bool [H, W]: int64 [H, W], 1..n in raster order, 0 outside."""
+    """The 8-connected components of a bool mask [H, W]: int64 [H, W], numbered 1..n, 0 outside.
+
+    They are numbered in raster order, by their first pixel. Tested by
+    test_components_equal_flooding.
+    """
     height, width = mask.shape
-    row = width + 1  # a column of False ends every run
-    flat = np.pad(mask, ((0, 0), (0, 1))).ravel().astype(np.int8)
-    change = np.diff(flat, prepend=0, append=0)
-    starts, ends = np.flatnonzero(change == 1), np.flatnonzero(change == -1)
-    # the runs of the next row that touch a run, diagonally too, are neighbours in the list
-    first = np.searchsorted(ends, starts + row, "left")
-    number = np.searchsorted(starts, ends + row, "right") - first
-    upper = np.repeat(np.arange(len(starts)), number)
-    lower = np.arange(number.sum()) + np.repeat(first - (np.cumsum(number) - number), number)
+
+    # Runs. One column of False to the right ends the run at the end of every row, so
+    # that the rows can lie in one line: a run is then [start, end), and the pixel below
+    # another is `row_stride` further.
+    row_stride = width + 1
+    line = np.pad(mask, ((0, 0), (0, 1))).ravel().astype(np.int8)
+    change = np.diff(line, prepend=0, append=0)
+    starts = np.flatnonzero(change == 1)
+    ends = np.flatnonzero(change == -1)
+
+    # Neighbours. Moved down by a row, a run [start, end) touches those of the next row,
+    # diagonally too, that begin at `end` or before and end at `start` or after. Runs
+    # are sorted, so these are neighbours in the list: `touching` runs from `first` on.
+    first = np.searchsorted(ends, starts + row_stride, side="left")
+    touching = np.searchsorted(starts, ends + row_stride, side="right") - first
+
+    # Pairs. upper: every run, repeated for each run that it touches below; lower: the runs
+    # that it touches, which are first, first + 1, ... So the n-th pair of a run, from 0,
+    # is with `first + n`.
+    upper = np.repeat(np.arange(len(starts)), touching)
+    pairs_before = np.cumsum(touching) - touching
+    nth_pair = np.arange(touching.sum()) - np.repeat(pairs_before, touching)
+    lower = np.repeat(first, touching) + nth_pair
+
+    # Union. Every run points to a root, at first itself. Where a pair has two roots,
+    # the later one is made to point to the earlier one, and then all runs to the root
+    # of their root. In the end the root of a component is its first run.
     root = np.arange(len(starts))
     while (root[upper] != root[lower]).any():
-        a, b = root[upper], root[lower]
-        np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
+        earlier = np.minimum(root[upper], root[lower])
+        later = np.maximum(root[upper], root[lower])
+        np.minimum.at(root, later, earlier)
         while (root[root] != root).any():
             root = root[root]
-    labels = np.zeros(height * row, np.int64)
+
+    # Labels. The roots become 1..n, and every run is filled with its component's number.
     number = np.unique(root, return_inverse=True)[1] + 1
-    labels[flat > 0] = np.repeat(number, ends - starts)
-    return labels.reshape(height, row)[:, :width]
+    labels = np.zeros(height * row_stride, np.int64)
+    labels[line > 0] = np.repeat(number, ends - starts)
+    return labels.reshape(height, row_stride)[:, :width]
 
 
 class ComponentDetection(Accumulator):
     """Are anomalies found as wholes (SegmentMeIfYouCan, Chan et al. 2021)?
 
-    With P the union of the predicted components that touch a true one k,
+    Components are 8-connected. With P the union of the predicted components that touch
+    a true one k,
 
         sIoU(k) = |k and P| / (|k or P| - |P and other true components|)
-        PPV(p) = |p and truth| / |p|        of a predicted component p
+        PPV(p)  = |p and truth| / |p|            of a predicted component p
 
-    and at each tau in 0.25, 0.30 ... 0.75: TP sIoU >= tau, FN sIoU < tau, FP PPV < tau. `smallest`:
-    predicted components of fewer pixels are dropped, true ones made void.
+    and at each threshold tau in 0.25, 0.30, ..., 0.75
+
+        TP = true components with sIoU >= tau        FN = true components with sIoU < tau
+        FP = predicted components with PPV < tau     F1 = 2 TP / (2 TP + FN + FP)
+
+    All are 0..1, higher is better; the figures are the mean sIoU over the true
+    components, the mean PPV over the predicted ones, and the mean F1 over tau.
+    Predicted components of fewer than `smallest_predicted` pixels are dropped, true ones of
+    fewer than `smallest_true` become void. The benchmark has 500 and 100 for anomalies, 50
+    and 10 for obstacles on the road.
+    NaN: sIoU without a true component, PPV without a predicted one, F1 without either.
+    Tested by test_component_metrics_equal_brute_force, test_component_metrics_by_hand,
+    test_no_component_is_nan.
     """
 
     TAU = np.arange(5, 16) / 20
 
-    def __init__(self, smallest: tuple[int, int] = (500, 100), device=None):
-        self.smallest = smallest
-        tau = (len(self.TAU),)
-        super().__init__(device, n=(2,), sums=(2,), tp=tau, fn=tau, fp=tau)
+    def __init__(self, smallest_predicted: int, smallest_true: int, device: Device = None):
+        super().__init__(device)
+        self.smallest_predicted = smallest_predicted
+        self.smallest_true = smallest_true
+        self._new_counts("true_components")
+        self._new_counts("predicted_components")
+        self._new_sums("siou")
+        self._new_sums("ppv")
+        for name in ("tp", "fn", "fp"):
+            self._new_counts(name, len(self.TAU))
 
-    def update(self, prediction: Tensor, mask: Tensor, truth: list | None = None) -> None:
-        """prediction: bool [B, H, W]; mask: 1 anomaly, 0 none, anything else void; truth: the
-        `connected_components` of each frame's anomalies, if at hand."""
-        _check_shapes(prediction=prediction, mask=mask)
-        found, masks = prediction.cpu().numpy().astype(bool), mask.cpu().numpy()
-        truth = truth or [connected_components(one == 1) for one in masks]
-        for frame in zip(found, masks, truth, strict=True):
-            siou, ppv = self._frame(*frame)
-            reached, exact = (x[:, None] >= self.TAU for x in (siou, ppv))
-            for name, values in (("n", [len(siou), len(ppv)]), ("sums", [siou.sum(), ppv.sum()]),
-                                 ("tp", reached.sum(0)), ("fn", (~reached).sum(0)),
-                                 ("fp", (~exact).sum(0))):  # fmt: skip
-                self._add(name, torch.as_tensor(np.asarray(values), device=mask.device))
+    def update(
+        self, prediction: Tensor, mask: Tensor, truth: list[np.ndarray] | None = None
+    ) -> None:
+        """prediction: bool [B, H, W]; mask: 1 anomaly, 0 none, anything else void.
 
-    def _frame(self, prediction: np.ndarray, mask: np.ndarray, truth: np.ndarray):
-        """sIoU of each true, PPV of each predicted component of one frame."""
-        found = connected_components(prediction & (mask <= 1))
-        small = np.bincount(truth.ravel()) < self.smallest[1]
-        small[0] = False
-        inside = (mask <= 1) & ~small[truth]
-        found *= (np.bincount(found.ravel()) >= self.smallest[0])[found]
-        shape = truth.max() + 1, found.max() + 1
-        joint = np.bincount((truth * shape[1] + found)[inside], minlength=shape[0] * shape[1])
-        joint = joint.reshape(shape)  # pixels of each true component and each predicted one, or 0
-        sizes, hit = joint[:, 1:].sum(0), joint[1:, 1:]  # of the predicted; truth and prediction
-        true = joint[1:].sum(1)
-        touched = hit > 0
-        common = hit.sum(1)
-        union = true + touched @ sizes - common
-        others = touched @ hit.sum(0) - common
-        siou, ppv = _ratio(common, union - others), _ratio(hit.sum(0), sizes)
-        return siou[true > 0], ppv[sizes > 0]
+        truth: the `connected_components` of each frame's anomalies, if at hand (they
+        are the same for every score). Unlike other updates, this one works on the CPU
+        and waits for the device.
+        """
+        _check_same_shape(prediction=prediction, mask=mask)
+        predictions = prediction.cpu().numpy().astype(bool)
+        masks = mask.cpu().numpy()
+        if truth is None:
+            truth = [connected_components(frame == 1) for frame in masks]
+
+        for frame, frame_mask, frame_truth in zip(predictions, masks, truth, strict=True):
+            siou, ppv = self._siou_and_ppv(frame, frame_mask, frame_truth)
+            reached = siou[:, None] >= self.TAU  # [true components, tau]
+            precise = ppv[:, None] >= self.TAU  # [predicted components, tau]
+            self._add_array("true_components", len(siou), mask.device)
+            self._add_array("predicted_components", len(ppv), mask.device)
+            self._add_array("siou", siou.sum(), mask.device)
+            self._add_array("ppv", ppv.sum(), mask.device)
+            self._add_array("tp", reached.sum(0), mask.device)
+            self._add_array("fn", (~reached).sum(0), mask.device)
+            self._add_array("fp", (~precise).sum(0), mask.device)
+
+    def _add_array(self, name: str, values: Any, device: torch.device) -> None:
+        """`_add` of a number or an array of the CPU."""
+        self._add(name, torch.as_tensor(np.asarray(values), device=device))
+
+    def _siou_and_ppv(
+        self, prediction: np.ndarray, mask: np.ndarray, truth: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """sIoU of each true component and PPV of each predicted one of a single frame.
+
+        All are [H, W]; prediction and mask as in `update`, truth of `connected_components`.
+        """
+        known = (mask == 0) | (mask == 1)
+        predicted = connected_components(prediction & known)
+
+        # True components that are too small become void, like the pixels that the mask
+        # leaves out.
+        too_small = np.bincount(truth.ravel()) < self.smallest_true
+        too_small[0] = False  # number 0 is no component
+        counted = known & ~too_small[truth]
+
+        # Predicted components that are too small are dropped: their pixels become 0.
+        # The size is that before small true components became void.
+        large_enough = np.bincount(predicted.ravel()) >= self.smallest_predicted
+        predicted = np.where(large_enough[predicted], predicted, 0)
+
+        # The pixels that each true and each predicted component share; 0 stands for none.
+        rows = truth.max() + 1
+        columns = predicted.max() + 1
+        pair = truth * columns + predicted
+        joint = np.bincount(pair[counted], minlength=rows * columns).reshape(rows, columns)
+        true_size = joint[1:].sum(1)  # [T], |k|
+        predicted_size = joint[:, 1:].sum(0)  # [P], |p|
+        overlap = joint[1:, 1:]  # [T, P], |k and p|
+        predicted_in_truth = overlap.sum(0)  # [P], |p and truth|
+
+        # For each true component k, with P the union of the predicted ones that touch it:
+        touched = overlap > 0  # [T, P]
+        common = overlap.sum(1)  # |k and P|
+        size_of_touched = np.where(touched, predicted_size, 0).sum(1)  # |P|
+        union = true_size + size_of_touched - common  # |k or P|
+        touched_in_truth = np.where(touched, predicted_in_truth, 0).sum(1)  # |P and truth|
+        in_others = touched_in_truth - common  # |P and other true components|
+
+        siou = _ratio(common, union - in_others)
+        ppv = _ratio(predicted_in_truth, predicted_size)
+        # Those without a pixel were dropped above, or lie in the void.
+        return siou[true_size > 0], ppv[predicted_size > 0]
 
     def compute(self) -> dict:
-        """-> siou, ppv, component_f1 (means over true components, over predicted ones, over tau),
-        true_components, predicted_components; NaN where there is none."""
-        tp, fn, fp = (self._numpy(name) for name in ("tp", "fn", "fp"))
-        n, means = self._numpy("n"), _ratio(self._numpy("sums"), self._numpy("n"))
-        f1 = float(_ratio(2 * tp, 2 * tp + fn + fp).mean())
-        counts = dict(true_components=int(n[0]), predicted_components=int(n[1]))
-        return dict(siou=float(means[0]), ppv=float(means[1]), component_f1=f1) | counts
+        """Keys: siou, ppv, component_f1, true_components, predicted_components."""
+        true_components = int(self._numpy("true_components"))
+        predicted_components = int(self._numpy("predicted_components"))
+        tp = self._numpy("tp")  # [tau]
+        f1 = _ratio(2 * tp, 2 * tp + self._numpy("fn") + self._numpy("fp"))
+        return {
+            "siou": float(_ratio(self._numpy("siou"), true_components)),
+            "ppv": float(_ratio(self._numpy("ppv"), predicted_components)),
+            "component_f1": float(f1.mean()),
+            "true_components": true_components,
+            "predicted_components": predicted_components,
+        }
+
+
+# ----------------------------------------------------------------------------- selective prediction
 
 
 class SelectivePrediction(_ScoreHistogram):
-    """What is left of the errors if only the most certain pixels are kept.
+    """What is left of the errors if only the most certain pixels are kept?
 
-    Risk at coverage k/N: the expected error rate of the k most certain of N pixels, errors evenly
-    spread inside a tie; AURC: its mean over k = 1..N (Geifman et al. 2019). With r the risk at 1,
-    E-AURC = AURC - (r + (1 - r) ln(1 - r)), the oracle's area for N to infinity (O(log N / N) below
-    that for N), and AUSE = E-AURC / r is the area between the two curves, both divided by r.
+    The risk at coverage k/N is the expected error rate of the k most certain of N
+    pixels, where the errors among pixels of equal uncertainty are evenly spread. With r
+    the risk at coverage 1,
+
+        AURC   = mean of the risk over k = 1..N            0..1 (Geifman et al. 2019)
+        E-AURC = AURC - (r + (1 - r) ln(1 - r))            0..1, the excess over an oracle
+        AUSE   = E-AURC / r                                0 or more
+
+    all three better when lower. The oracle ranks all errors last; what is subtracted is
+    its AURC for N to infinity, which is O(log N / N) below that for N. So AUSE is the area
+    between the risk of the score and that of the oracle, both divided by r.
+
+    At a threshold, a pixel is certain where u <= threshold. Counting pixels that are
+    accurate or inaccurate and certain or uncertain (n_ac, n_au, n_ic, n_iu; Mukhoti &
+    Gal 2018),
+
+        p(accurate | certain)     = n_ac / (n_ac + n_ic)
+        p(uncertain | inaccurate) = n_iu / (n_ic + n_iu)
+        PAvPU                     = (n_ac + n_iu) / N
+
+    all 0..1, higher is better; at the median of u (the lower one of two), and at 21
+    thresholds min + t (max - min), t = 0, 0.05, ..., 1.
+
+    NaN: all without pixels; AUSE and p(uncertain | inaccurate) without errors;
+    p(accurate | certain) where nothing is certain; what is at a threshold between
+    infinite scores.
+    Tested by test_selective_prediction_equals_brute_force,
+    test_selective_prediction_by_hand,
+    test_selective_prediction_all_right_all_wrong_all_tied,
+    test_ause_is_eaurc_over_error_rate, test_perfect_ranking_reaches_the_oracle.
     """
 
     def update(self, uncertainty: Tensor, correct: Tensor, valid: Tensor | None = None) -> None:
         """uncertainty: floats, any shape; correct: bool or 0 / 1 / void; valid: False = void."""
-        self._update(uncertainty, correct, valid)
+        self._count(uncertainty, correct, valid)
 
     def compute(self) -> dict:
-        """-> aurc, eaurc, ause (NaN without an error), error_rate, median, n; at the median:
-        p_accurate_certain, p_uncertain_inaccurate, pavpu (certain: u <= median; Mukhoti & Gal
-        2018); sweep: lists of 21 of these, of t and of threshold = min + t (max - min);
-        risk_coverage: lists coverage, risk of at most 200."""
-        values, wrong, right = self._distinct()
-        pixels, errors = np.cumsum(wrong + right), np.cumsum(wrong)
-        n, coverage, risk = pixels[-1], _ratio(pixels, pixels[-1]), _ratio(errors, pixels)
-        aurc, r = self._aurc(wrong, right), risk[-1]
-        eaurc = aurc - (r + (1 - r) * np.log1p(-r) if r != 1 else 1)
-        t = np.arange(21) / 20
-        median = values[np.argmax(2 * pixels >= n)]
-        with np.errstate(invalid="ignore"):  # no threshold is defined between infinities: NaN
-            thresholds = np.append(median, values[0] + t * (values[-1] - values[0]))
-        number = np.searchsorted(values, thresholds, side="right")  # of distinct values
-        certain = np.where(np.isnan(thresholds), NAN, np.append(0, pixels)[number])
-        certain_wrong = np.append(0, errors)[number]
-        uncertain_wrong = errors[-1] - certain_wrong
-        measures = {
-            "p_accurate_certain": _ratio(certain - certain_wrong, certain),
-            "p_uncertain_inaccurate": _ratio(uncertain_wrong + 0 * certain, errors[-1]),
-            "pavpu": _ratio(certain - certain_wrong + uncertain_wrong, n),
+        """Keys: aurc, eaurc, ause, error_rate (r);
+        median (of the uncertainty), p_accurate_certain, p_uncertain_inaccurate, pavpu (at it);
+        n (pixels);
+        sweep, with lists of 21: t, threshold, and the three measures at the threshold;
+        risk_coverage, for a plot, with lists of at most 200: coverage, risk.
+        """
+        counts = self._score_counts()
+        values = counts.scores  # [S], by ascending uncertainty
+        wrong = counts.flag_0
+        correct = counts.flag_1
+        results = self._risk_results(wrong, correct)
+        results |= self._results_at_median(values, wrong, correct)
+        results["n"] = int(wrong.sum() + correct.sum())
+        results["sweep"] = self._sweep(values, wrong, correct)
+        results["risk_coverage"] = self._risk_coverage(wrong, correct)
+        return results
+
+    def _risk_results(self, wrong: np.ndarray, correct: np.ndarray) -> dict[str, float]:
+        """The error rate, and the areas under the risk-coverage curve."""
+        errors = wrong.sum()
+        error_rate = float(_ratio(errors, errors + correct.sum()))
+        aurc = self._area_under_risk(wrong, correct)
+        eaurc = aurc - self._oracle_area(error_rate)
+        return {
+            "aurc": float(aurc),
+            "eaurc": float(eaurc),
+            "ause": float(_ratio(eaurc, error_rate)),
+            "error_rate": error_rate,
         }
-        numbers = dict(aurc=aurc, eaurc=eaurc, ause=_ratio(eaurc, r), error_rate=r, median=median)
-        numbers |= {name: x[0] for name, x in measures.items()}
-        sweep = {"t": t, "threshold": thresholds[1:]} | {k: x[1:] for k, x in measures.items()}
-        thin = thin_curve(coverage, risk)
-        result = {name: float(x) for name, x in numbers.items()} | {"n": int(n)}
-        result["sweep"] = {name: x.tolist() for name, x in sweep.items()}
-        curve = {"coverage": coverage[thin].tolist(), "risk": risk[thin].tolist()}
-        return result | {"risk_coverage": curve}
+
+    def _risk_coverage(self, wrong: np.ndarray, correct: np.ndarray) -> dict[str, list]:
+        """The risk-coverage curve, thinned to what a plot can show."""
+        pixels = np.cumsum(wrong + correct)  # pixels with u <= each value
+        coverage = _ratio(pixels, pixels[-1])
+        risk = _ratio(np.cumsum(wrong), pixels)
+        plotted = thin_curve(coverage, risk)
+        return {"coverage": coverage[plotted].tolist(), "risk": risk[plotted].tolist()}
+
+    def _results_at_median(
+        self, values: np.ndarray, wrong: np.ndarray, correct: np.ndarray
+    ) -> dict[str, float]:
+        """The median uncertainty, and the three measures of certainty there."""
+        pixels = np.cumsum(wrong + correct)  # pixels with u <= each value
+        median = values[np.argmax(2 * pixels >= pixels[-1])]  # argmax: the first that is True
+        measures = self._at_thresholds(np.array([median]), values, wrong, correct)
+        results = {"median": float(median)}
+        for name, measure in measures.items():
+            results[name] = float(measure[0])
+        return results
+
+    def _sweep(self, values: np.ndarray, wrong: np.ndarray, correct: np.ndarray) -> dict[str, list]:
+        """The three measures at thresholds from the lowest to the highest uncertainty."""
+        t = np.arange(21) / 20
+        with np.errstate(invalid="ignore"):  # between infinities no threshold is defined: NaN
+            thresholds = values[0] + t * (values[-1] - values[0])
+        measures = self._at_thresholds(thresholds, values, wrong, correct)
+        sweep = {"t": t.tolist(), "threshold": thresholds.tolist()}
+        for name, measure in measures.items():
+            sweep[name] = measure.tolist()
+        return sweep
 
     @staticmethod
-    def _aurc(wrong: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """After a pixels with e errors, the risks in a tie of n with error rate q are
-        (e + q j) / (a + j), j = 1..n. They sum to q n + (e - q a) (H(a + n) - H(a)), H the harmonic
-        numbers: digamma(x + 1) but for a constant."""
-        tie, after = wrong + right, np.cumsum(wrong + right)
-        before, errors_before = after - tie, np.cumsum(wrong) - wrong
-        harmonic = torch.digamma(torch.from_numpy(np.stack([before, after]) + 1.0)).numpy()
-        slope = errors_before - _ratio(wrong, tie) * before
-        return _ratio((wrong + slope * (harmonic[1] - harmonic[0])).sum(), after[-1])
+    def _area_under_risk(wrong: np.ndarray, correct: np.ndarray) -> np.ndarray:
+        """AURC from the wrong and the correct pixels at each distinct uncertainty, [S] each.
+
+        Let a tie of n pixels with error rate q come after a pixels with e errors. The
+        risk after j more pixels of it is
+
+            (e + q j) / (a + j) = q + (e - q a) / (a + j)        j = 1..n
+
+        which sums up to q n + (e - q a) (H(a + n) - H(a)), H being the harmonic
+        numbers. So no pixel has to be walked through. H(x) is digamma(x + 1) but for a
+        constant that cancels.
+        """
+        tie = wrong + correct  # n
+        pixels_after = np.cumsum(tie)  # a + n
+        pixels_before = pixels_after - tie  # a
+        errors_before = np.cumsum(wrong) - wrong  # e
+        both = np.stack([pixels_before, pixels_after])  # [2, S]
+        harmonic_before, harmonic_after = torch.digamma(torch.from_numpy(both + 1.0)).numpy()
+        slope = errors_before - _ratio(wrong, tie) * pixels_before  # e - q a
+        # q n is the number of wrong pixels in the tie
+        risks = wrong + slope * (harmonic_after - harmonic_before)
+        return _ratio(risks.sum(), pixels_after[-1])
+
+    @staticmethod
+    def _oracle_area(error_rate: float) -> float:
+        """r + (1 - r) ln(1 - r): the AURC of the oracle for very many pixels."""
+        if error_rate == 1:
+            return 1.0  # the limit; the formula would be 0 times infinity
+        return error_rate + (1 - error_rate) * np.log1p(-error_rate)
+
+    @staticmethod
+    def _at_thresholds(
+        thresholds: np.ndarray, values: np.ndarray, wrong: np.ndarray, correct: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """The three measures of certainty at each threshold, NaN where the threshold is NaN.
+
+        values, wrong, correct: the distinct uncertainties, ascending, and the pixels at each.
+        """
+        # Cumulative counts with a 0 in front: entry k counts the pixels of the first k values.
+        wrong_up_to = np.append(0, np.cumsum(wrong))
+        correct_up_to = np.append(0, np.cumsum(correct))
+        pixels = wrong_up_to[-1] + correct_up_to[-1]
+        errors = wrong_up_to[-1]
+
+        # How many of the values are at most the threshold: their pixels are certain.
+        certain_values = np.searchsorted(values, thresholds, side="right")
+        accurate_certain = correct_up_to[certain_values]
+        inaccurate_certain = wrong_up_to[certain_values]
+        inaccurate_uncertain = errors - inaccurate_certain
+        measures = {
+            "p_accurate_certain": _ratio(accurate_certain, accurate_certain + inaccurate_certain),
+            "p_uncertain_inaccurate": _ratio(inaccurate_uncertain, errors),
+            "pavpu": _ratio(accurate_certain + inaccurate_uncertain, pixels),
+        }
+        for measure in measures.values():
+            measure[np.isnan(thresholds)] = NAN
+        return measures
+
+
+# ---------------------------------------------------------------------------------------- rejection
 
 
 class RejectionCurve(Accumulator):
-    """mIoU after ignoring the 0, 10, ..., 90% most uncertain pixels of the whole split (DUDES).
+    """mIoU after ignoring the 0, 10, ..., 90 % most uncertain pixels of the whole split.
 
-    True and false positives and false negatives are counted per bucket and class (31 MB at 19
-    classes). A tie that the limit cuts is ignored in proportion: fractions of pixels.
+    It is the paper's curve (Landgraf et al. 2024). Of the pixels that are kept, with
+    true and false positives and false negatives TP_c, FP_c and FN_c of class c,
+
+        IoU_c = TP_c / (TP_c + FP_c + FN_c)
+        mIoU  = mean of IoU_c over the classes that are labelled or predicted among these pixels
+
+    0..1. Where the limit cuts through pixels of equal uncertainty, a share of each of
+    them is kept, so that TP_c, FP_c and FN_c may be fractions. They are counted per
+    bucket and class: 31 MB at 19 classes.
+    NaN: all ten, without any pixel.
+    Tested by test_rejection_equals_brute_force, test_rejection_by_hand,
+    test_rejection_begins_at_the_miou,
+    test_a_rejection_curve_knows_detection_and_selective_prediction_of_errors.
     """
 
-    def __init__(self, num_classes: int, device=None):
-        self.num_classes = c = num_classes
-        # per bucket: true positives, false positives and void; false negatives and all else
-        super().__init__(device, predicted=(BUCKETS, 2 * c + 1), missed=(BUCKETS, c + 1))
+    def __init__(self, num_classes: int, device: Device = None):
+        super().__init__(device)
+        self.num_classes = num_classes
+        # By bucket: TP of each class, FP of each class, void; a pixel is in one of them.
+        self._new_counts("predicted", BUCKETS, 2 * num_classes + 1)
+        # By bucket: FN of each class, and all other pixels.
+        self._new_counts("missed", BUCKETS, num_classes + 1)
 
     def update(self, uncertainty: Tensor, prediction: Tensor, labels: Tensor) -> None:
         """uncertainty: floats, any shape; prediction, labels: integers of that shape."""
-        _check_shapes(uncertainty=uncertainty, prediction=prediction, labels=labels)
-        c, bucket = self.num_classes, float16_bucket(uncertainty).reshape(-1)
-        labels, prediction = _class_index(labels, c), _class_index(prediction, c).int()
-        right = labels == prediction
-        predicted = torch.where(labels < c, torch.where(right, prediction, prediction + c), 2 * c)
-        missed = torch.where(right, c, labels.int())
-        for name, kind in (("predicted", predicted), ("missed", missed)):
-            width = self.layout[name][1]
-            self._add(name, _count(kind.add_(bucket * width), BUCKETS * width))
+        _check_same_shape(uncertainty=uncertainty, prediction=prediction, labels=labels)
+        num_classes = self.num_classes
+        bucket = float16_bucket(uncertainty).reshape(-1)
+        labels = _flat_classes(labels, num_classes)
+        prediction = _flat_classes(prediction, num_classes).int()
+        correct = labels == prediction
 
-    def errors(self) -> tuple["Detection", "SelectivePrediction"]:
-        """What those would hold of the same uncertainty, a wrong prediction being positive."""
-        predicted = self.state["predicted"]
-        right = predicted[:, : self.num_classes].sum(1)
+        # TP or FP of the predicted class
+        positive = torch.where(correct, prediction, prediction + num_classes)
+        column = torch.where(labels < num_classes, positive, 2 * num_classes)
+        self._add_histogram("predicted", bucket, column)
+
+        # FN of the labelled class
+        column = torch.where(correct, num_classes, labels.int())
+        self._add_histogram("missed", bucket, column)
+
+    def _add_histogram(self, name: str, bucket: Tensor, column: Tensor) -> None:
+        """Count every pixel in its bucket and column of a state; writes over `column`."""
+        width = self.state[name].shape[1]
+        index = column.add_(bucket * width)  # into the flattened state
+        self._add(name, _histogram_of(index, BUCKETS * width))
+
+    def error_metrics(self) -> tuple[Detection, SelectivePrediction]:
+        """Detection of errors and selective prediction by the same uncertainty.
+
+        They are as if they had seen the same pixels, of which the wrong ones are the
+        positives. It saves each of them a pass over the pixels.
+        """
+        predicted = self.state["predicted"]  # [BUCKETS, 2 C + 1]
+        correct = predicted[:, : self.num_classes].sum(1)
         wrong = predicted[:, self.num_classes : -1].sum(1)
-        detection, selective = Detection(predicted.device), SelectivePrediction(predicted.device)
-        for accumulator, flags in ((detection, (right, wrong)), (selective, (wrong, right))):
-            accumulator.state["histogram"] = torch.stack([*flags, torch.zeros_like(right)])
+
+        detection = Detection(predicted.device)
+        detection._fill(flag_0=correct, flag_1=wrong)  # errors are the positives
+        selective = SelectivePrediction(predicted.device)
+        selective._fill(flag_0=wrong, flag_1=correct)
         return detection, selective
 
     def compute(self) -> dict:
-        """-> rejection (10 mIoU, over the classes with a non-empty union among the kept pixels),
-        rejection_classes (how many these are, 10 integers), n (pixels)."""
-        predicted = self._numpy("predicted")[:, :-1]
-        counts = np.concatenate([predicted, self._numpy("missed")[:, :-1]], axis=1)
-        pixels = predicted.sum(1)
+        """Keys: rejection, rejection_classes, n (pixels).
+
+        rejection is a list of 10 mIoU, rejection_classes of how many classes are in each.
+        """
+        predicted = self._numpy("predicted")[:, :-1]  # [BUCKETS, 2 C], without void: TP, FP
+        missed = self._numpy("missed")[:, :-1]  # [BUCKETS, C]: FN
+        pixels = predicted.sum(1)  # [BUCKETS]; a pixel is either TP or FP
         n = int(pixels.sum())
-        _check_nan(n - pixels[LOWEST : HIGHEST + 1].sum(), n)
-        below, counts_below = np.cumsum(pixels) - pixels, np.cumsum(counts, axis=0) - counts
-        keep = n * np.arange(10, 0, -1) / 10
-        cut = np.searchsorted(below + pixels, keep)  # the buckets with the limits in them
-        share = _ratio(keep - below[cut], pixels[cut])[:, None]
-        tp, fp, fn = np.split(counts_below[cut] + share * counts[cut], 3, axis=1)  # [10, C] each
+        _check_no_nan(n - pixels[LOWEST_BUCKET : HIGHEST_BUCKET + 1].sum(), n)
+
+        # The limits: 100, 90, ..., 10 % of the pixels are kept. The buckets in which the
+        # limits lie, and which share of their pixels is kept.
+        keep = n * np.arange(10, 0, -1) / 10  # [10], in pixels
+        up_to = np.cumsum(pixels)
+        below = up_to - pixels
+        cut = np.searchsorted(up_to, keep)  # [10]
+        share = _ratio(keep - below[cut], pixels[cut])
+
+        # All that lies in lower buckets, and that share of the bucket which is cut.
+        counts = np.concatenate([predicted, missed], axis=1)  # [BUCKETS, 3 C]
+        counts_below = np.cumsum(counts, axis=0) - counts
+        kept = counts_below[cut] + share[:, None] * counts[cut]  # [10, 3 C]
+        tp, fp, fn = np.split(kept, 3, axis=1)  # [10, C] each
         iou = _ratio(tp, tp + fp + fn)
-        classes = (~np.isnan(iou)).sum(1).tolist()
-        return dict(rejection=[_mean(x) for x in iou], rejection_classes=classes, n=n)
+        return {
+            "rejection": [_mean_of_defined(row) for row in iou],
+            "rejection_classes": (~np.isnan(iou)).sum(1).tolist(),
+            "n": n,
+        }
+
+
+# --------------------------------------------------------------------------- class-wise uncertainty
 
 
 class ClassUncertainty(Accumulator):
-    """Mean uncertainty per predicted class, each network on its own prediction."""
+    """Mean uncertainty of the pixels that are predicted as a class, and mUnc.
 
-    def __init__(self, num_classes: int, device=None):
+        U_c  = mean of u over the labelled pixels with prediction c      each network on its own
+        mUnc = mean of U_c over the classes that are predicted somewhere
+
+    Both have the range of the uncertainty; zeros count.
+    NaN: U_c of a class that is never predicted; mUnc without any pixel.
+    Tested by test_class_uncertainty_by_hand.
+    """
+
+    def __init__(self, num_classes: int, device: Device = None):
+        super().__init__(device)
         self.num_classes = num_classes
-        super().__init__(device, n=(num_classes,), sums=(num_classes,), nan=(1,))
+        self._new_counts("pixels", num_classes)
+        self._new_counts("nan")
+        self._new_sums("uncertainty", num_classes)
 
     def update(self, uncertainty: Tensor, prediction: Tensor, labels: Tensor) -> None:
         """uncertainty: floats, any shape; prediction, labels: integers (labels only tell void)."""
-        _check_shapes(uncertainty=uncertainty, prediction=prediction, labels=labels)
-        c = self.num_classes
-        index = _class_index(prediction, c, _class_index(labels, c) < c)
+        _check_same_shape(uncertainty=uncertainty, prediction=prediction, labels=labels)
+        num_classes = self.num_classes
+        labelled = _flat_classes(labels, num_classes) < num_classes
+        classes = _flat_classes(prediction, num_classes, labelled)
         uncertainty = uncertainty.reshape(-1).double()
-        self._add("nan", (uncertainty.isnan() & (index < c)).sum())
-        self._add("n", _count(index, c + 1)[:-1])
-        self._add("sums", _count(index, c + 1, uncertainty)[:-1])
+        self._add("pixels", _histogram_of(classes, num_classes + 1)[:-1])
+        self._add("nan", (uncertainty.isnan() & (classes < num_classes)).sum())
+        self._add("uncertainty", _histogram_of(classes, num_classes + 1, uncertainty)[:-1])
 
     def compute(self) -> dict:
-        """-> uncertainty (list, NaN for a class never predicted), munc (mean of the others), n."""
-        n = self._numpy("n")
-        _check_nan(self._numpy("nan")[0], n.sum())
-        mean = _ratio(self._numpy("sums"), n)
-        return dict(uncertainty=mean.tolist(), munc=_mean(mean), n=int(n.sum()))
+        """Keys: uncertainty (a list, one per class), munc, n (pixels)."""
+        pixels = self._numpy("pixels")  # [C]
+        _check_no_nan(self._numpy("nan"), pixels.sum())
+        mean = _ratio(self._numpy("uncertainty"), pixels)
+        return {
+            "uncertainty": mean.tolist(),
+            "munc": _mean_of_defined(mean),
+            "n": int(pixels.sum()),
+        }
+
+
+# ----------------------------------------------------------------------------------------- fidelity
 
 
 class Fidelity(Accumulator):
-    """How close the student's uncertainty is to the teacher's, per pixel. Spearman is that of the
-    rows of a 1024 x 1024 joint histogram: within 0.005 if the scores vary by a third or more."""
+    """How close is the student's uncertainty s to the teacher's t, pixel by pixel?
 
-    def __init__(self, device=None):
-        # sums: s, t, s^2, t^2, s t, (s - t)^2, (log1p(s) - log1p(t))^2
-        super().__init__(device, n=(1,), nan=(1,), sums=(7,), joint=(SIDE, SIDE))
+        RMSE     = sqrt(mean (s - t)^2)
+        RMSLE    = sqrt(mean (log(1 + s) - log(1 + t))^2)        the student's loss
+        Pearson  = cov(s, t) / (std(s) std(t))                   -1..1
+        Spearman = Pearson of the ranks, ties at their middle    -1..1
+
+    RMSE and RMSLE are 0 or more, lower is better; of the others higher is better. Ranks
+    are those of the rows of a 1024 x 1024 joint histogram (see `_joint_row`): Spearman
+    is within 0.005 where the standard deviation of the scores is at least a third of their
+    mean. The others are exact.
+    NaN: all without pixels; the two correlations where s or t is constant.
+    Tested by test_fidelity_equals_brute_force, test_fidelity_by_hand,
+    test_pearson_survives_a_small_spread.
+    """
+
+    SIDE = 1024  # rows and columns of the joint histogram
+    STEPS = 16  # rows to a factor of two
+    SMALLEST_EXPONENT = -30  # smaller scores share a row with 0
+    LARGEST_EXPONENT = 10  # larger ones share the last row
+
+    def __init__(self, device: Device = None):
+        super().__init__(device)
+        self._new_counts("pixels")
+        self._new_counts("nan")
+        self._new_counts("joint", self.SIDE, self.SIDE)  # [student, teacher]
+        self._new_sums("student")
+        self._new_sums("teacher")
+        self._new_sums("student_squared")
+        self._new_sums("teacher_squared")
+        self._new_sums("product")
+        self._new_sums("squared_error")
+        self._new_sums("squared_log_error")
 
     def update(self, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> None:
         """student, teacher: floats above -1, any one shape; valid: bool, False for void."""
-        _check_shapes(student=student, teacher=teacher, valid=valid)
-        valid = (torch.ones_like(student).bool() if valid is None else valid).reshape(-1)
-        s, t = (torch.where(valid, x.reshape(-1), 0).double() for x in (student, teacher))
+        _check_same_shape(student=student, teacher=teacher, valid=valid)
+        if valid is None:
+            valid = torch.ones_like(student).bool()
+        valid = valid.reshape(-1)
+        # At void pixels both are 0, which adds nothing to the sums.
+        s = torch.where(valid, student.reshape(-1), 0).double()
+        t = torch.where(valid, teacher.reshape(-1), 0).double()
         error = s - t
-        log_error = (error / (1 + t)).log1p_()  # does not cancel
-        pairs = [(s, s), (t, t), (s, t), (error, error), (log_error, log_error)]
-        squares = [torch.dot(a, b) for a, b in pairs]
-        place = torch.where(valid, self._row(s) * SIDE + self._row(t), SIDE**2)
-        self._add("n", valid.sum())
-        self._add("nan", (s.isnan() | t.isnan()).sum())
-        self._add("sums", torch.stack([s.sum(), t.sum(), *squares]))
-        self._add("joint", _count(place, SIDE**2 + 1)[:-1])
+        # log(1 + s) - log(1 + t) would cancel where both are close; this does not.
+        log_error = (error / (1 + t)).log1p_()
 
-    @staticmethod
-    def _row(scores: Tensor) -> Tensor:
-        """0..1023, in float16's order but not its steps, of which few would be for small scores:
-        16 to a factor of two from 2^-30 to 2^10, and 8 below zero."""
+        self._add("pixels", valid.sum())
+        self._add("nan", (s.isnan() | t.isnan()).sum())
+        self._add("student", s.sum())
+        self._add("teacher", t.sum())
+        # A dot product needs no temporary for the squares.
+        self._add("student_squared", torch.dot(s, s))
+        self._add("teacher_squared", torch.dot(t, t))
+        self._add("product", torch.dot(s, t))
+        self._add("squared_error", torch.dot(error, error))
+        self._add("squared_log_error", torch.dot(log_error, log_error))
+
+        cells = self.SIDE * self.SIDE
+        cell = self._joint_row(s) * self.SIDE + self._joint_row(t)
+        cell = torch.where(valid, cell, cells)  # void pixels go to a cell after the last one
+        self._add("joint", _histogram_of(cell, cells + 1)[:-1])
+
+    @classmethod
+    def _joint_row(cls, scores: Tensor) -> Tensor:
+        """The row of each score in the joint histogram: int32 0..1023, in the order of the scores.
+
+        The rows are spaced like floating-point numbers, with 16 rows for each factor of
+        two from 2^-30 to 2^10. That is enough for the small scores of certain pixels, where
+        float16 has few steps. Negative scores have 8 rows for each factor of two, below the
+        row of zero.
+
+        For example 0.75 = 1.5 * 2^-1: its exponent is stored as 127 - 1 = 126, its mantissa
+        0.5 begins with the bits 1000, so its number is 126 * 16 + 8 = 2024. Less the 1551
+        steps below 2^-30 that is step 473, and with 322 rows up to zero row 795.
+        """
         bits = scores.float().view(torch.int32)
-        step = ((bits & 0x7FFFFFFF) >> 19).sub_(16 * (127 - 30) - 1).clamp_(0, 641)
-        return torch.where(bits < 0, 322 - ((step + 1) >> 1), 322 + step)
+        # Without the sign: 8 bits of exponent and 23 of mantissa. The exponent and the
+        # first 4 bits of the mantissa are the number of the step, 16 to a factor of
+        # two. Step 1 begins at 2^-30, step 0 is for all that is smaller.
+        step = (bits & 0x7FFFFFFF) >> 19
+        steps_below = cls.STEPS * (127 + cls.SMALLEST_EXPONENT) - 1  # 127 is the exponent's offset
+        last = cls.STEPS * (cls.LARGEST_EXPONENT - cls.SMALLEST_EXPONENT) + 1  # 641
+        step = step.sub_(steps_below).clamp_(0, last)
+        zero_row = (last + 1) // 2 + 1  # 322: below it there are half as many rows as above
+        negative_row = zero_row - ((step + 1) >> 1)
+        return torch.where(bits < 0, negative_row, zero_row + step)
 
     def compute(self) -> dict:
-        """-> rmse, rmsle, pearson, spearman (NaN where one side is constant), n (pixels)."""
-        n, joint = int(self._numpy("n")[0]), self._numpy("joint")
-        _check_nan(self._numpy("nan")[0], n)
-        s, t, ss, tt, st, error, log_error = _ratio(self._numpy("sums"), n).tolist()
-        var_s, var_t = ss - s * s, tt - t * t
-        varies = var_s > 1e-12 * ss and var_t > 1e-12 * tt  # below it is a constant's rounding
-        pearson = (st - s * t) / (var_s * var_t) ** 0.5 if varies else NAN
-        x, y = joint.sum(1), joint.sum(0)
-        rank_x, rank_y = ((np.cumsum(v) - v / 2) / max(n, 1) - 0.5 for v in (x, y))  # -0.5..0.5
-        rank_var = (x @ rank_x**2) * (y @ rank_y**2)
-        spearman = float(_ratio(rank_x @ joint @ rank_y, rank_var**0.5))
-        return dict(rmse=error**0.5, rmsle=log_error**0.5, pearson=pearson, spearman=spearman, n=n)
+        """Keys: rmse, rmsle, pearson, spearman, n (pixels)."""
+        pixels = int(self._numpy("pixels"))
+        _check_no_nan(self._numpy("nan"), pixels)
+        return {
+            "rmse": self._mean("squared_error") ** 0.5,
+            "rmsle": self._mean("squared_log_error") ** 0.5,
+            "pearson": self._pearson(),
+            "spearman": self._spearman(),
+            "n": pixels,
+        }
+
+    def _mean(self, name: str) -> float:
+        """The mean over all pixels of one of the sums."""
+        return float(_ratio(self._numpy(name), self._numpy("pixels")))
+
+    def _pearson(self) -> float:
+        """Correlation of the scores, from their sums, squares and products."""
+        mean_s = self._mean("student")
+        mean_t = self._mean("teacher")
+        square_s = self._mean("student_squared")
+        square_t = self._mean("teacher_squared")
+        variance_s = square_s - mean_s * mean_s
+        variance_t = square_t - mean_t * mean_t
+        # Where a side is constant, the difference of equal squares leaves their rounding.
+        rounding = 1e-12
+        if variance_s > rounding * square_s and variance_t > rounding * square_t:
+            covariance = self._mean("product") - mean_s * mean_t
+            return covariance / (variance_s * variance_t) ** 0.5
+        return NAN
+
+    def _spearman(self) -> float:
+        """Correlation of the ranks, from the joint histogram."""
+        joint = self._numpy("joint")  # [student, teacher]
+        count_s = joint.sum(1)
+        count_t = joint.sum(0)
+        pixels = max(count_s.sum(), 1)
+        # The middle rank of each row as a share of all pixels, less the mean: -0.5..0.5.
+        rank_s = (np.cumsum(count_s) - count_s / 2) / pixels - 0.5
+        rank_t = (np.cumsum(count_t) - count_t / 2) / pixels - 0.5
+        covariance = rank_s @ joint @ rank_t
+        variances = (count_s @ rank_s**2) * (count_t @ rank_t**2)
+        return float(_ratio(covariance, variances**0.5))

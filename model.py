@@ -1,23 +1,31 @@
-"""DeepLabv3 with an uncertainty head, the ensemble that teaches it, and their checkpoints.
+"""DeepLabv3 with an uncertainty head, the ensemble that teaches it, and checkpoints.
 
-The teacher is M independently trained networks. With softmax taken after upsampling,
+The teacher is M independently trained networks. With the softmax taken after the upsampling,
 
     p(c) = 1/M sum_m softmax(logits_m)(c)        y = argmax_c p(c)
     u    = sqrt( 1/(M-1) sum_m (softmax(logits_m)(y) - p(y))^2 )
 
 is its mean prediction and its predictive uncertainty (Landgraf et al. 2024, doi
-10.1007/s41064-024-00280-4). The student predicts u with one 1x1 convolution and a sigmoid on the
-decoder's features: one pass for both.
+10.1007/s41064-024-00280-4). The student predicts u with one 1x1 convolution and a
+sigmoid on the decoder's features: one pass for both.
 
     from model import load_model
     network = load_model("ckpts/student.pt")           # eval mode, on the CPU
     logits, uncertainty = network(images)              # uint8 RGB [B, 3, H, W]
+
+Outline:
+    the network         DeepLabV3 and its parts
+    initial weights     ImageNet, a file, or none
+    the ensemble        mean probabilities and predictive uncertainty, streamed; MC dropout
+    checkpoints         save, read, rebuild a network, rebuild an ensemble
+    the machine         device, arithmetic, locks, processes, versions
 """
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import json
-import math
 import os
 import pickle
 import platform
@@ -34,23 +42,28 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch import distributed as dist
 from torchvision.models.segmentation.deeplabv3 import ASPPConv, DeepLabHead
 
 BACKBONES = ("resnet18", "resnet50", "resnet101", "mobilenet_v3_large")
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-Size = tuple[int, int] | None  # (H, W); None: that of the input
-TINY = torch.finfo(torch.float32).tiny
-BLOCK = 2**18  # numbers of a block of rows in `predictive_statistics`: 1 MB
-MAX_STD = math.sqrt(0.5)  # largest unbiased std of values in [0, 1]: of two members, 0 and 1
-UNREADABLE = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, LookupError,
-              TypeError, AttributeError)  # what torch.load answers to damaged bytes  # fmt: skip
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# The uncertainty head starts where most standard deviations lie, at sigmoid(-3) = 0.05.
+# With a bias of 0 it would start at 0.5 and need epochs to come down.
+UNCERTAINTY_BIAS = -3.0
+
+Size = tuple[int, int]  # height, width in pixels
 
 
 class ModelError(ValueError):
-    """A checkpoint, weight file or set of members that cannot be used; says what to do."""
+    """A checkpoint, weight file or set of members that cannot be used; says why."""
 
 
-# ------------------------------------------------------------ network
+class UsageError(ValueError):
+    """Flags, or a state of the disk or a training, that a user can mend; says how."""
+
+
+# -------------------------------------------------------------------------------------- the network
 
 
 class Prediction(NamedTuple):
@@ -61,137 +74,219 @@ class Prediction(NamedTuple):
 
 
 class DeepLabV3(nn.Module):
-    """torchvision's DeepLabv3 (`backbone.*` and `classifier.*` keep its names), plus DUDES' head.
+    """torchvision's DeepLabv3 (Chen et al. 2017) with the uncertainty head of DUDES.
 
-    `backbone`, one of `BACKBONES`, has output stride 8 for resnet50 and resnet101, else 16.
-    `measures` names the distilled uncertainties, a channel each; without any there is no head.
+    backbone: one of `BACKBONES`; output stride 8 for resnet50 and resnet101, else 16.
+    measures: names of the distilled uncertainties, a channel each; without any there is no head.
+    rgb_mean, rgb_std: of the values in [0, 1], with which the network normalises its input.
+
+    The parameters keep torchvision's names, `backbone.*` and `classifier.*`, so that
+    its weights fit. Raises ModelError at an unknown backbone.
     """
 
-    def __init__(self, backbone: str, num_classes: int, measures: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        measures: tuple[str, ...] = (),
+        rgb_mean: tuple[float, ...] = IMAGENET_MEAN,
+        rgb_std: tuple[float, ...] = IMAGENET_STD,
+    ):
         super().__init__()
         self.num_classes = num_classes
         self.backbone, channels = build_backbone(backbone)
-        # DeepLabHead cannot be sliced: ASPP, 3x3 convolution, BN, ReLU, classifier
+        # DeepLabHead is a Sequential that cannot be sliced, so its layers go into a
+        # list: ASPP, 3x3 convolution, batch norm, ReLU, classifier.
         self.classifier = nn.ModuleList(DeepLabHead(channels, num_classes))
         for branch in self.classifier[0].convs:
             if isinstance(branch, ASPPConv):
-                old = branch[0]
-                branch[0] = AtrousConv2d(
-                    old.in_channels, old.out_channels, 3, padding=old.padding,
-                    dilation=old.dilation, bias=False,
-                )  # fmt: skip
-        width = self.classifier[-1].in_channels
-        self.uncertainty = nn.Conv2d(width, len(measures), kernel_size=1) if measures else None
-        if measures:  # start where stds lie, at 0.05: from 0.5 a sigmoid takes epochs to get there
-            nn.init.constant_(self.uncertainty.bias, -3.0)
-        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+                branch[0] = AtrousConv2d.like(branch[0])
 
-    def forward(self, images: Tensor, size: Size = None) -> Prediction:
-        """RGB images [B, 3, h, w], uint8 or float in [0, 1]; predicts at `size`, default (h, w)."""
+        self.uncertainty = None
+        if measures:
+            features = self.classifier[-1].in_channels
+            self.uncertainty = nn.Conv2d(features, len(measures), kernel_size=1)
+            nn.init.constant_(self.uncertainty.bias, UNCERTAINTY_BIAS)
+
+        # Not in the weights: a checkpoint names them in its configuration.
+        rgb_mean = torch.tensor(rgb_mean).view(1, 3, 1, 1)
+        rgb_std = torch.tensor(rgb_std).view(1, 3, 1, 1)
+        self.register_buffer("rgb_mean", rgb_mean, persistent=False)
+        self.register_buffer("rgb_std", rgb_std, persistent=False)
+
+    def forward(self, images: Tensor, size: Size | None = None) -> Prediction:
+        """Predictions for RGB images [B, 3, h, w], uint8 or float in [0, 1].
+
+        The predictions have `size` (H, W), by default that of the images.
+        """
         size = size or images.shape[-2:]
-        x = images.float() / 255 if images.dtype == torch.uint8 else images
-        x = self.backbone((x - self.mean) / self.std)
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        normalised = (images - self.rgb_mean) / self.rgb_std
+        features = self.backbone(normalised)  # [B, channels, h/s, w/s], output stride s 8 or 16
         for layer in self.classifier[:-1]:
-            x = layer(x)
-        with torch.autocast(x.device.type, enabled=False):  # bf16 logits would have 256 steps
-            x = x.float()
-            u = None if self.uncertainty is None else upsample(self.uncertainty(x), size).sigmoid()
-            return Prediction(upsample(self.classifier[-1](x), size), u)
+            features = layer(features)  # [B, 256, h/s, w/s]
+
+        # The heads work in float32: logits in bfloat16 would have 256 steps to a factor of two.
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.float()
+            uncertainty = None
+            if self.uncertainty is not None:
+                uncertainty = upsample(self.uncertainty(features), size).sigmoid()
+            logits = upsample(self.classifier[-1](features), size)
+        return Prediction(logits, uncertainty)
 
 
 class AtrousConv2d(nn.Conv2d):
     """A dilated 3x3 convolution that leaves out the taps which see nothing but padding.
 
-    Where the map is no higher (wider) than the dilation, only the middle row (column) of the kernel
-    meets pixels: leaving out the others changes nothing but the work.
+    Where the feature map is no higher (wider) than the dilation, only the middle row
+    (column) of the kernel meets pixels. Leaving out the others changes nothing but the
+    work.
     """
+
+    @classmethod
+    def like(cls, conv: nn.Conv2d) -> "AtrousConv2d":
+        """A new layer of the same shape as a dilated 3x3 convolution without bias."""
+        return cls(
+            conv.in_channels,
+            conv.out_channels,
+            kernel_size=3,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            bias=False,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        keep = [size > dilation for size, dilation in zip(x.shape[-2:], self.dilation, strict=True)]
-        if all(keep):
-            return super().forward(x)
-        rows, columns = (slice(None) if whole else slice(1, 2) for whole in keep)
-        padding = [dilation * whole for dilation, whole in zip(self.dilation, keep, strict=True)]
-        return F.conv2d(x, self.weight[:, :, rows, columns], self.bias, 1, padding, self.dilation)
+        """[B, in, h, w] -> [B, out, h, w]."""
+        height, width = x.shape[-2:]
+        weight = self.weight  # [out, in, 3, 3]
+        padding_y, padding_x = self.dilation  # a 3x3 convolution keeps the size so
+        if height <= padding_y:
+            weight = weight[:, :, 1:2, :]
+            padding_y = 0
+        if width <= padding_x:
+            weight = weight[:, :, :, 1:2]
+            padding_x = 0
+        padding = (padding_y, padding_x)
+        return F.conv2d(x, weight, self.bias, padding=padding, dilation=self.dilation)
 
 
-def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
+def upsample(x: Tensor, size: Size) -> Tensor:
     """Bilinear interpolation (corners not aligned) of float32 [B, C, h, w] to [B, C, H, W].
 
-    As two matrix products: their gradients are products too, which is faster than scattering and,
-    unlike F.interpolate's on a GPU, deterministic.
+    Bilinear interpolation is linear in the rows and in the columns, so it is two matrix
+    products. Their gradients are products too, which is faster than scattering and,
+    unlike that of F.interpolate on a GPU, deterministic.
     """
-    rows, columns = (
-        F.interpolate(torch.eye(n, device=x.device)[None], size=wanted, mode="linear")[0].T
-        for n, wanted in zip(x.shape[-2:], size, strict=True)
-    )  # [H, h], [W, w]
+    rows = interpolation_matrix(x.shape[-2], size[0], x.device)  # [H, h]
+    columns = interpolation_matrix(x.shape[-1], size[1], x.device)  # [W, w]
     return rows @ (x @ columns.T)
 
 
+def interpolation_matrix(length: int, new_length: int, device: torch.device) -> Tensor:
+    """The matrix [new_length, length] that interpolates a signal linearly."""
+    unit_signals = torch.eye(length, device=device)[None]  # [1, length, length]
+    return F.interpolate(unit_signals, size=new_length, mode="linear")[0].T
+
+
 def build_backbone(name: str) -> tuple[nn.Sequential, int]:
-    """torchvision's classifier without its last layers, dilated, and its output channels."""
+    """torchvision's classifier, headless and dilated, and its output channels."""
     if name not in BACKBONES:
         raise ModelError(f"unknown backbone {name!r}; choose one of {', '.join(BACKBONES)}")
     if name == "mobilenet_v3_large":
         return torchvision.models.mobilenet_v3_large(dilated=True).features, 960
     if name == "resnet18":
         network = torchvision.models.resnet18()
-        # BasicBlock takes no dilation. The strided convolution still sees the undilated grid; those
-        # that follow it step over the pixels which the stride no longer removes.
-        first, second = network.layer4
-        first.conv1.stride = first.downsample[0].stride = (1, 1)
-        for conv in (first.conv2, second.conv1, second.conv2):
-            conv.dilation = conv.padding = (2, 2)
+        dilate_last_stage(network.layer4)
     else:
-        dilate = [False, True, True]
-        network = getattr(torchvision.models, name)(replace_stride_with_dilation=dilate)
+        constructor = getattr(torchvision.models, name)
+        network = constructor(replace_stride_with_dilation=[False, True, True])
     channels = network.fc.in_features
     del network.avgpool, network.fc
     return nn.Sequential(OrderedDict(network.named_children())), channels
 
 
-def load_weights(network: DeepLabV3, weights: str, backbone: str) -> str:
-    """Initialise `network` from `weights`: "imagenet" (downloaded), "none" or a state dict.
+def dilate_last_stage(stage: nn.Sequential) -> None:
+    """Replace the stride of a ResNet-18's last stage by dilation: output stride 16, not 32.
 
-    A file may hold a classifier or a DeepLabv3 of torchvision, or a checkpoint of this project. It
-    has to fill the whole backbone (else ModelError); of the rest, what fits by name and shape is
-    taken. Returns a line that says how much.
+    torchvision's constructor does this for bottleneck blocks alone. The convolution
+    that was strided still sees the undilated grid; those that follow it step over the
+    pixels which the stride no longer removes.
+    """
+    first, second = stage
+    first.conv1.stride = (1, 1)
+    first.downsample[0].stride = (1, 1)
+    for conv in (first.conv2, second.conv1, second.conv2):
+        conv.dilation = (2, 2)
+        conv.padding = (2, 2)
+
+
+# ---------------------------------------------------------------------------------- initial weights
+
+
+def load_weights(network: DeepLabV3, weights: str, backbone: str) -> str:
+    """Initialise `network` from `weights`: "imagenet" (downloaded), "none", or a file.
+
+    A file may hold a classifier or a DeepLabv3 of torchvision, or a checkpoint of this
+    project. It has to fill the whole backbone (else ModelError); of the rest, what fits
+    by name and shape is taken. Returns a line that says how much.
     """
     if weights == "none":
         return "weights: random"
     if weights == "imagenet":
-        enum = torchvision.models.get_model_weights(backbone).DEFAULT
-        try:
-            state = enum.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as error:  # urllib's are OSErrors; a wrong hash
-            raise ModelError(
-                f"cannot download {enum.url} ({error}); fetch that file elsewhere and pass it as "
-                "--weights FILE, or start with --weights none"
-            ) from error
+        state = download_imagenet(backbone)
     else:
-        state = read_tensors(weights)
-        for key in ("model", "state_dict"):
-            if isinstance(state.get(key), dict):
-                state = state[key]
-    own = network.state_dict()
-    found = {}
+        state = read_state_dict(weights)
+
+    expected = network.state_dict()
+    fitting = {}
     for name, value in state.items():
         name = str(name).removeprefix("module.").removeprefix("features.")
-        for key in (name, "backbone." + name):
-            if key in own and isinstance(value, Tensor) and own[key].shape == value.shape:
-                found[key] = value
-    rest = [name for name in own if name not in found and "num_batches" not in name]
-    if missing := [name for name in rest if name.startswith("backbone.")]:
+        # a classifier's names lack the prefix that they have here
+        for candidate in (name, "backbone." + name):
+            fits = candidate in expected and isinstance(value, Tensor)
+            if fits and expected[candidate].shape == value.shape:
+                fitting[candidate] = value
+
+    missing = [name for name in expected if name not in fitting and "num_batches" not in name]
+    missing_backbone = [name for name in missing if name.startswith("backbone.")]
+    if missing_backbone:
         raise ModelError(
-            f"weights {weights!r} do not fit backbone {backbone}: {len(missing)} of its tensors "
-            f"are missing or differ in shape, as {missing[0]}; pass a torchvision {backbone}"
+            f"weights {weights!r} do not fit backbone {backbone}: {len(missing_backbone)} of its "
+            f"tensors are missing or differ in shape, as {missing_backbone[0]}; pass a torchvision "
+            f"{backbone}"
         )
-    network.load_state_dict(found, strict=False)
-    return f"weights: {len(found)} tensors from {weights}, {len(rest)} random"
+    network.load_state_dict(fitting, strict=False)
+    return f"weights: {len(fitting)} tensors from {weights}, {len(missing)} random"
 
 
-# ------------------------------------------------------------ ensemble
+def download_imagenet(backbone: str) -> dict[str, Tensor]:
+    """torchvision's ImageNet weights; ModelError where they cannot be fetched."""
+    weights = torchvision.models.get_model_weights(backbone).DEFAULT
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True)
+    # urllib's errors are OSErrors, a wrong hash is a RuntimeError
+    except (OSError, RuntimeError) as error:
+        raise ModelError(
+            f"cannot download {weights.url} ({error}); fetch that file elsewhere and pass it as "
+            "--weights FILE, or start with --weights none"
+        ) from error
+
+
+def read_state_dict(path: str | Path) -> dict:
+    """The weights in a file, which may lie below "model" or "state_dict"."""
+    state = read_tensors(path)
+    for key in ("model", "state_dict"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    return state
+
+
+# ------------------------------------------------------------------------------------- the ensemble
+
+TINY = torch.finfo(torch.float32).tiny
+NUMBERS_PER_BLOCK = 2**18  # of rows that are worked on at once: 1 MB, which a cache holds
 
 
 class EnsemblePrediction(NamedTuple):
@@ -202,55 +297,83 @@ class EnsemblePrediction(NamedTuple):
     expected_entropy: Tensor | None  # float32 [B, H, W], the members' mean in nats, if asked for
 
 
-def predicted(scores: Tensor) -> Tensor:
-    """The class of the highest logit or probability [B, C, ...], the first of equals: [B, ...]."""
+def predicted_class(scores: Tensor) -> Tensor:
+    """The class of the highest score, the first of equals: [B, C, ...] -> [B, ...]."""
     return scores.max(dim=1).indices  # five times as fast as argmax on a CPU
 
 
-def predictive_statistics(member_logits: Iterable[Tensor], expected_entropy=False):
-    """The `EnsemblePrediction` of a stream of M >= 2 logits [B, C, H, W]; ModelError if M < 2.
+def predictive_statistics(
+    member_logits: Iterable[Tensor], with_expected_entropy: bool = False
+) -> EnsemblePrediction:
+    """Mean and spread of a stream of the M >= 2 members' logits [B, C, H, W].
 
-    Memory is that of four [B, C, H, W] tensors whatever M is. Plain sums of p and p^2 cancel where
-    probabilities saturate (a std under 1e-3 is lost in float32), so both sums are taken of p - p_0,
-    the first member's p. Rows go block by block: what a CPU's cache holds needs no memory.
+    Memory is that of four [B, C, H, W] tensors, whatever M is. Plain sums of p and p^2
+    cancel where probabilities saturate (a std under 1e-3 is lost in float32), so both
+    sums are taken of p - p_0, with p_0 the first member's p:
+
+        shift = sum_m (p_m - p_0)        square = sum_m (p_m - p_0)^2
+        mean  = p_0 + shift / M          variance = (square - shift^2 / M) / (M - 1)
+
+    Raises ModelError if M < 2.
     """
-    count, entropy = 0, None
+    count = 0
     for logits in member_logits:
         if count == 0:
-            first = torch.empty_like(logits, dtype=torch.float32)
-            shift, square = torch.zeros_like(first), torch.zeros_like(first)
-            entropy = torch.zeros_like(first[:, 0]) if expected_entropy else None
-            rows = max(1, BLOCK * logits.shape[2] // logits.numel())
-            starts = range(0, logits.shape[2], logits.shape[2] if logits.is_cuda else rows)
-            blocks = [slice(start, start + starts.step) for start in starts]
+            first = torch.empty_like(logits, dtype=torch.float32)  # p_0, [B, C, H, W]
+            shift = torch.zeros_like(first)
+            square = torch.zeros_like(first)
+            entropy = torch.zeros_like(first[:, 0])  # [B, H, W]
+            blocks = blocks_of_rows(logits)
         for block in blocks:
-            p = logits[:, :, block].float().softmax(dim=1)
-            if expected_entropy:
-                terms = p.clamp(min=TINY).log_().mul_(p)  # 0 log 0 = 0; special.entr takes twice
-                entropy[:, block] -= terms.sum(dim=1)  # [B, rows, W]
+            probs = logits[:, :, block].float().softmax(dim=1)  # [B, C, rows, W]
+            if with_expected_entropy:
+                # 0 log 0 = 0 by the clamp; torch.special.entr does it in twice the time
+                terms = probs.clamp(min=TINY).log_().mul_(probs)
+                entropy[:, block] -= terms.sum(dim=1)
             if count == 0:
-                first[:, :, block] = p
+                first[:, :, block] = probs
             else:
-                p.sub_(first[:, :, block])
-                shift[:, :, block] += p
-                square[:, :, block].addcmul_(p, p)
+                difference = probs.sub_(first[:, :, block])
+                shift[:, :, block] += difference
+                square[:, :, block].addcmul_(difference, difference)
         count += 1
     if count < 2:
         raise ModelError(f"predictive uncertainty needs at least 2 predictions, got {count}")
-    probs = first.add_(shift, alpha=1 / count)  # [B, C, H, W]
-    y = predicted(probs)[:, None]  # [B, 1, H, W]
-    shift, square = shift.gather(1, y), square.gather(1, y)
-    variance = (square - shift.square() / count) / (count - 1)
-    std = variance.clamp_(min=0).sqrt_().squeeze(1)
-    return EnsemblePrediction(probs, std, None if entropy is None else entropy.div_(count))
+
+    # The mean takes the place of `first`, which is not needed again.
+    mean = first.add_(shift, alpha=1 / count)
+    classes = predicted_class(mean)[:, None]  # [B, 1, H, W]
+    shift_of_class = shift.gather(1, classes)
+    square_of_class = square.gather(1, classes)
+    variance = (square_of_class - shift_of_class.square() / count) / (count - 1)
+    std = variance.clamp_(min=0).sqrt_().squeeze(1)  # rounding may leave less than 0
+    expected_entropy = entropy.div_(count) if with_expected_entropy else None
+    return EnsemblePrediction(mean, std, expected_entropy)
+
+
+def blocks_of_rows(logits: Tensor) -> list[slice]:
+    """Slices over the rows of [B, C, H, W]: small ones on a CPU, where a block that
+    stays in its cache needs no memory traffic; on a GPU one for all."""
+    height = logits.shape[2]
+    if logits.is_cuda:
+        return [slice(0, height)]
+    rows = max(1, NUMBERS_PER_BLOCK * height // logits.numel())
+    return [slice(start, start + rows) for start in range(0, height, rows)]
 
 
 class Ensemble(nn.Module):
-    """M >= 2 frozen networks, or dropout samples of one (`mc_samples`; Gal & Ghahramani 2016)."""
+    """M >= 2 frozen networks, or dropout samples of one (`mc_samples`; Gal & Ghahramani 2016).
+
+    Raises ModelError at fewer members or samples than two, or at samples of several networks.
+    """
 
     def __init__(self, members: list[DeepLabV3], mc_samples: int = 0):
         super().__init__()
-        if not (len(members) == 1 and mc_samples >= 2 if mc_samples else len(members) >= 2):
+        if mc_samples:
+            usable = len(members) == 1 and mc_samples >= 2
+        else:
+            usable = len(members) >= 2
+        if not usable:
             raise ModelError(
                 f"--mc-samples {mc_samples} with {len(members)} checkpoints: train at least 2 "
                 "members, or name a single checkpoint and sample it at least 2 times"
@@ -260,35 +383,55 @@ class Ensemble(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "Ensemble":
-        super().train(False)  # a teacher is always frozen, dropout for sampling excepted
+        """Stay frozen whatever `mode` says; dropout that is sampled stays on."""
+        super().train(False)
         for module in self.modules():
             if isinstance(module, nn.Dropout):
-                module.train(bool(self.mc_samples))
+                module.train(self.mc_samples > 0)
         return self
 
     def __len__(self) -> int:
         return self.mc_samples or len(self.members)
 
-    def stream(self, images: Tensor, size: Size = None) -> Iterator[Tensor]:
-        """The members' logits [B, C, H, W] one after the other, in the members' order."""
-        for index in range(len(self)):
-            yield self.members[0 if self.mc_samples else index](images, size).logits
+    def member_logits(self, images: Tensor, size: Size | None = None) -> Iterator[Tensor]:
+        """The members' logits [B, C, H, W], one after the other, in their order."""
+        if self.mc_samples:
+            networks = [self.members[0]] * self.mc_samples
+        else:
+            networks = self.members
+        for network in networks:
+            yield network(images, size).logits
 
-    def forward(self, images: Tensor, size: Size = None, expected_entropy=False):
-        """`EnsemblePrediction` of images [B, 3, h, w] as for `DeepLabV3`, at `size` or (h, w)."""
-        return predictive_statistics(self.stream(images, size), expected_entropy)
+    def forward(
+        self, images: Tensor, size: Size | None = None, with_expected_entropy: bool = False
+    ) -> EnsemblePrediction:
+        """The prediction for images [B, 3, h, w], as `DeepLabV3.forward` takes them."""
+        return predictive_statistics(self.member_logits(images, size), with_expected_entropy)
 
 
-# ------------------------------------------------------------ checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
+
+# What torch.load answers to damaged bytes.
+UNREADABLE = (
+    pickle.UnpicklingError,
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
 
 
 def save_atomically(path: str | Path, content: dict | str) -> None:
-    """Write tensors and plain dicts, or a text; a reader finds the old file or the new one."""
+    """Write tensors, or a text; a reader finds the old file or the new one."""
     path = Path(path)
     if isinstance(content, str):
         data = content.encode()
     else:
-        buffer = io.BytesIO()  # torch.save makes a RuntimeError of a full disk, write() does not
+        # To memory first: on a full disk torch.save raises a RuntimeError, write() an OSError.
+        buffer = io.BytesIO()
         torch.save(content, buffer)
         data = buffer.getbuffer()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -303,7 +446,10 @@ def save_atomically(path: str | Path, content: dict | str) -> None:
 
 
 def read_tensors(path: str | Path) -> dict:
-    """`torch.load` of tensors and plain containers: a file that holds code is refused, not run."""
+    """Tensors and plain containers of a file: one that holds code is refused, not run.
+
+    Raises ModelError where there is no file, or none of that kind.
+    """
     path = Path(path)
     if not path.is_file():
         raise ModelError(f"no such checkpoint: {path}; check the path, or train it first")
@@ -311,20 +457,28 @@ def read_tensors(path: str | Path) -> dict:
         with warnings.catch_warnings(action="ignore"):  # about files that are then refused
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        reason = reason if path.stat().st_size else "it is empty"
-        message = f"{path} is not a readable checkpoint ({reason}); restore it or train it again"
-        raise ModelError(message) from error
+        reason = str(error).strip() or type(error).__name__
+        reason = reason.splitlines()[0][:120]
+        if path.stat().st_size == 0:
+            reason = "it is empty"
+        raise ModelError(
+            f"{path} is not a readable checkpoint ({reason}); restore it or train it again"
+        ) from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds a {type(content).__name__}, not a dict; name another file")
     return content
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """A checkpoint of this project: `model`, `config`, `args`, `metrics`, `versions`."""
+    """A checkpoint of this project, with `model`, `config`, `args`, `metrics` and `versions`.
+
+    Raises ModelError where the file lacks what a network is rebuilt from.
+    """
     checkpoint = read_tensors(path)
     missing = {"model", "config", "args"} - checkpoint.keys()
-    missing = missing or {"backbone", "classes", "measures"} - set(checkpoint["config"] or ())
+    if not missing:
+        config = checkpoint["config"] or {}
+        missing = {"backbone", "classes", "measures"} - set(config)
     if missing:
         lacks = ", ".join(sorted(missing))
         raise ModelError(f"{path} is no checkpoint of this project: it lacks {lacks}")
@@ -332,9 +486,19 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def build_model(checkpoint: dict, path: str | Path) -> DeepLabV3:
-    """The network of a checkpoint that `read_checkpoint` read from `path`, in eval mode."""
+    """The network of a checkpoint that `read_checkpoint` read from `path`, in eval mode.
+
+    Raises ModelError where the weights do not fit the configuration.
+    """
     config = checkpoint["config"]
-    network = DeepLabV3(config["backbone"], len(config["classes"]), tuple(config["measures"]))
+    normalisation = config.get("normalisation", {"mean": IMAGENET_MEAN, "std": IMAGENET_STD})
+    network = DeepLabV3(
+        config["backbone"],
+        len(config["classes"]),
+        tuple(config["measures"]),
+        tuple(normalisation["mean"]),
+        tuple(normalisation["std"]),
+    )
     try:
         network.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
@@ -344,56 +508,212 @@ def build_model(checkpoint: dict, path: str | Path) -> DeepLabV3:
 
 
 def load_model(path: str | Path) -> DeepLabV3:
-    """The network of a checkpoint file, in eval mode, on the CPU; ModelError if it is unusable."""
+    """The network of a checkpoint, in eval mode, on the CPU; ModelError if unusable."""
     return build_model(read_checkpoint(path), path)
 
 
+def member_path(folder: Path, member: int) -> Path:
+    """The checkpoint of a member in a folder."""
+    return folder / f"member_{member:02d}.pt"
+
+
+def find_members(folder: Path) -> list[Path]:
+    """The members' checkpoints that are in a folder, in order."""
+    return sorted(folder.glob("member_[0-9]*.pt"))
+
+
 def member_files(teacher: list[str | Path]) -> list[Path]:
-    """Checkpoint files of a teacher: those of a folder (`member_*.pt`), or the named files."""
+    """Checkpoints of a teacher: those of a folder (`member_*.pt`), or the files."""
     first = Path(teacher[0])
     if len(teacher) > 1 or first.suffix == ".pt" or first.is_file():
         return [Path(path) for path in teacher]
-    if files := sorted(first.glob("member_[0-9]*.pt")):
-        return files
-    raise ModelError(f"no member_*.pt in {first}; first run python train_ensemble.py --members 10")
+    files = find_members(first)
+    if not files:
+        raise ModelError(
+            f"no member_*.pt in {first}; first run python train_ensemble.py --members 10"
+        )
+    return files
 
 
 def load_ensemble(teacher: list[str | Path], mc_samples: int = 0) -> tuple[Ensemble, dict]:
-    """The members of a folder or the named files, and the first one's checkpoint without `model`
-    but with `identity`, which tells how all of them were trained and what came of it.
+    """The members of a folder or the named files, and what the first one's checkpoint says.
 
-    Raises ModelError where a folder lacks members that its training run had, or where members
-    differ in backbone, classes or data, naming both files.
+    That is the checkpoint without `model`, but with `identity`: sixteen digits that
+    tell how all members were trained and what came of it.
+
+    Raises ModelError where a folder lacks members that its training run had, or where
+    members differ in backbone, classes or data, naming both files.
     """
     files = member_files(teacher)
     checkpoints = [read_checkpoint(path) for path in files]
-    configs = [checkpoint["config"] for checkpoint in checkpoints]
     if Path(teacher[0]).is_dir():
-        expected = max(config["members"] for config in configs)
-        wanted = {f"member_{index:02d}.pt" for index in range(expected)}
-        if absent := ", ".join(sorted(wanted - {path.name for path in files})):
-            raise ModelError(f"{teacher[0]} lacks {absent} of a run of {expected} members; finish "
-                             "the training, or name the files to use one by one")  # fmt: skip
-    for path, config in zip(files, configs, strict=True):
+        refuse_missing_members(Path(teacher[0]), files, checkpoints)
+    refuse_unlike_members(files, checkpoints)
+
+    members = []
+    for path, checkpoint in zip(files, checkpoints, strict=True):
+        members.append(build_model(checkpoint, path))
+    description = {key: value for key, value in checkpoints[0].items() if key != "model"}
+    trained = [[checkpoint["args"], checkpoint.get("metrics")] for checkpoint in checkpoints]
+    digest = hashlib.sha256(json.dumps(trained).encode()).hexdigest()
+    description["identity"] = digest[:16]
+    return Ensemble(members, mc_samples), description
+
+
+def refuse_missing_members(folder: Path, files: list[Path], checkpoints: list[dict]) -> None:
+    """Raises ModelError where the folder holds fewer members than its run has."""
+    expected = max(checkpoint["config"]["members"] for checkpoint in checkpoints)
+    present = {path.name for path in files}
+    names = [member_path(folder, member).name for member in range(expected)]
+    absent = [name for name in names if name not in present]
+    if absent:
+        raise ModelError(
+            f"{folder} lacks {', '.join(absent)} of a run of {expected} members; finish the "
+            "training, or name the files to use one by one"
+        )
+
+
+def refuse_unlike_members(files: list[Path], checkpoints: list[dict]) -> None:
+    """Raises ModelError where two members cannot be averaged."""
+    reference = checkpoints[0]["config"]
+    for path, checkpoint in zip(files, checkpoints, strict=True):
         for key in ("backbone", "classes", "dataset", "hold_out", "image_size"):
-            if (other := config[key]) != (one := configs[0][key]):
-                raise ModelError(f"{path} has {key} {other}, but {files[0]} has {one}: they are no "
-                                 "ensemble")  # fmt: skip
-    pairs = zip(checkpoints, files, strict=True)
-    members = [build_model(checkpoint, path) for checkpoint, path in pairs]
-    first = {key: value for key, value in checkpoints[0].items() if key != "model"}
-    trained = json.dumps([[one["args"], one.get("metrics")] for one in checkpoints])
-    first["identity"] = hashlib.sha256(trained.encode()).hexdigest()[:16]
-    return Ensemble(members, mc_samples), first
+            value = checkpoint["config"][key]
+            if value != reference[key]:
+                raise ModelError(
+                    f"{path} has {key} {value}, but {files[0]} has {reference[key]}: they are no "
+                    "ensemble"
+                )
+
+
+# -------------------------------------------------------------------------------------- the machine
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU if there is one, under torchrun one a process.
+
+    Raises UsageError where the device cannot be used.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:80]
+        raise UsageError(f"--device {name} cannot be used ({reason}); try --device cpu") from None
+    return device
+
+
+def choose_amp(amp: str, device: torch.device) -> str:
+    """What "auto" stands for on this device: "bf16" where the processor has it, else "off".
+
+    Measured on a CPU: 1.8 times as fast where the processor has it, slower where it is emulated.
+    """
+    if amp != "auto":
+        return amp
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif hasattr(torch.cpu, "get_capabilities"):  # not in the oldest supported torch
+        capabilities = torch.cpu.get_capabilities()
+        has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    else:
+        has_bf16 = False
+    return "bf16" if has_bf16 else "off"
+
+
+def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
+    """The arithmetic of the networks: "bf16", "fp16" or, with "off", float32."""
+    if amp == "off":
+        return contextlib.nullcontext()
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, dtypes[amp])
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """For the one process at a time that may write `path`; a second one gets a UsageError.
+
+    A record lock ends with its process, however that ends, and forked workers do not inherit it.
+    """
+    lock_path = path.with_suffix(".lock")
+    file = open_locked(lock_path, path)
+    try:
+        yield
+    finally:
+        lock_path.unlink(missing_ok=True)
+        file.close()
+
+
+def open_locked(lock_path: Path, path: Path) -> io.TextIOWrapper:
+    """The lock file, held by this process; UsageError where another one holds it."""
+    while True:
+        file = open(lock_path, "w")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise UsageError(
+                f"another process is writing {path}; wait for it to end, or name another --out"
+            ) from None
+        # Who held the lock before may have removed the file since it was opened here.
+        # Then this process holds a lock that nobody else will look at, and it tries
+        # again.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(lock_path), os.fstat(file.fileno())):
+                return file
+        file.close()
+
+
+def get_rank() -> int:
+    """This process's number in its group; 0 without a group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """How many processes share the work; 1 without a group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one of its group that writes files and prints."""
+    return get_rank() == 0
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Under torchrun, the group that shares the work; its first process alone prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl")
+    else:
+        dist.init_process_group("gloo")
+    try:
+        with silence(not is_first_process()):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def silence(wanted: bool) -> Iterator[None]:
+    """Nothing that is printed meanwhile reaches the standard output, if that is wanted."""
+    if not wanted:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on besides its command: package versions, hardware, git commit."""
-    try:
-        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12"]
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
+    """What a result depends on besides its command: packages, hardware, commit."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "python": platform.python_version(),
@@ -402,5 +722,16 @@ def versions() -> dict[str, str]:
         "numpy": numpy.__version__,
         "pillow": PIL.__version__,
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {gpu}",
-        "commit": commit or "unknown",
+        "commit": git_commit(),
     }
+
+
+def git_commit() -> str:
+    """The commit of this checkout, "-dirty" where files differ; or "unknown"."""
+    folder = Path(__file__).parent
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return answer.stdout.strip() or "unknown"

@@ -8,6 +8,17 @@ A member is a plain segmentation network trained with cross-entropy by SGD, its 
     lr(t) = base * (1 - t/T)^0.9 * min(1, (t + 1) / warmup)        t = 0 ... T - 1
 
 The same command again continues where the last one stopped, down to the bit on a CPU.
+
+Outline:
+    recipes             the defaults of each data set, one visible table
+    the command         flags resolved, recorded, compared with those of an earlier run
+    loss and schedule   cross-entropy, learning rate, optimiser
+    the loop            RunState, train_one_epoch, fit; distill.py runs the same one
+    the state           saved and read, so that a killed run goes on
+    processes           torchrun's groups, members side by side, signals
+    progress            one live line, one line an epoch, curves
+    members             a network, its loaders, its checkpoint
+    command line        main and the flags
 """
 
 import argparse
@@ -20,9 +31,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,418 +47,686 @@ from torch.utils.data import DataLoader
 import data
 from data import IGNORED, VOID, Sample
 from evaluate import (
+    Limits,
+    LiveLine,
     Parser,
-    UsageError,
-    autocast,
+    Series,
     chart_sheet,
-    choose_amp,
-    choose_device,
+    exit_code_of,
     line_chart,
-    locked,
-    run,
+    non_negative,
+    positive,
+    run_main,
     validate,
+    without_nan,
 )
 from model import (
     BACKBONES,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     DeepLabV3,
+    UsageError,
+    autocast,
+    choose_amp,
+    choose_device,
+    find_members,
+    get_rank,
+    get_world_size,
+    is_first_process,
     load_weights,
+    locked,
+    member_path,
     read_checkpoint,
     read_tensors,
     save_atomically,
+    silence,
     versions,
 )
 
-# One row a data set. lr, head_lr_mult and warmup (steps) are for pretrained weights; SCRATCH
-# replaces them without. scale: a view is resized by a factor from it. The student's alone: jitter
-# of the colours (the paper, VOC), views whose teacher targets are kept, epochs to a member's one,
-# weight of the RMSLE (the paper: 1, of std alone), of which distill.py's four measures share the
-# mean: 8 is 2 for each.
-PRETRAINED = dict(backbone="resnet101", weights="imagenet", lr=0.01, head_lr_mult=10.0,
-                  weight_decay=5e-4, warmup=0, scale=(0.5, 2.0), jitter=0.0, views=5, student=1,
-                  uncertainty_weight=1.0)  # fmt: skip
+# ------------------------------------------------------------------------------------------ recipes
+
+# The defaults of each data set; a flag that is given replaces its entry.
+PRETRAINED = dict(
+    backbone="resnet101",
+    weights="imagenet",
+    epochs=100,
+    batch_size=8,
+    lr=0.01,  # of the backbone; for pretrained weights
+    head_lr_mult=10.0,  # the heads are new, so they learn faster
+    weight_decay=5e-4,
+    warmup=0,  # steps over which the learning rate rises
+    scale=(0.5, 2.0),  # a view is resized by a factor from this range
+    # for the student alone:
+    student_epochs_factor=1,  # its epochs, as a multiple of a member's
+    jitter=0.0,  # strength of the colour jitter
+    views=5,  # views of an image whose teacher targets are kept
+    uncertainty_weight=1.0,  # of the RMSLE; the paper's value, for the std alone
+)
 RECIPES = {
-    "synthetic": dict(backbone="resnet18", weights="none", epochs=2, batch_size=4,
-                      crop_size=(96, 144), lr=0.1, head_lr_mult=1.0, weight_decay=5e-4,
-                      warmup=10, scale=(1.0, 1.0), jitter=0.0, views=1, student=3,
-                      uncertainty_weight=8.0),
-    "camvid": PRETRAINED | dict(epochs=100, batch_size=8, crop_size=(360, 480)),
-    "cityscapes": PRETRAINED | dict(epochs=200, batch_size=16, crop_size=(768, 768)),
-    "voc": PRETRAINED | dict(epochs=100, batch_size=16, crop_size=(512, 512), lr=0.001,
-                             weight_decay=1e-4, jitter=0.2),
-    "folder": PRETRAINED | dict(epochs=100, batch_size=8, crop_size=(512, 512)),
-}  # fmt: skip
+    "synthetic": dict(
+        backbone="resnet18",
+        weights="none",
+        epochs=2,
+        batch_size=4,
+        crop_size=(96, 144),
+        lr=0.1,
+        head_lr_mult=1.0,
+        weight_decay=5e-4,
+        warmup=10,
+        scale=(1.0, 1.0),
+        jitter=0.0,
+        views=1,
+        student_epochs_factor=3,
+        uncertainty_weight=8.0,  # of the mean of four RMSLEs: 2 for each
+    ),
+    "camvid": PRETRAINED | dict(crop_size=(360, 480)),
+    "cityscapes": PRETRAINED | dict(crop_size=(768, 768), epochs=200, batch_size=16),
+    "voc": PRETRAINED
+    | dict(crop_size=(512, 512), batch_size=16, lr=0.001, weight_decay=1e-4, jitter=0.2),
+    "folder": PRETRAINED | dict(crop_size=(512, 512)),
+}
+# These replace a recipe's entries where --weights none takes the place of pretrained weights.
 SCRATCH = dict(lr=0.05, head_lr_mult=1.0, warmup=50)
-# The paper's for all heads; this one, a sigmoid near 0, always needs it. Divided by the weight of
-# its loss, which is then for the shared features alone: the head's own steps stay as large.
+
+# The uncertainty head learns at this multiple of the base rate at least. Ten is the
+# paper's for all heads; this one, a sigmoid that starts near 0, always needs it.
 UNCERTAINTY_LR_MULT = 10.0
-ROLES = {"member": 0, "student": 1}
-# what may differ between a command and the run that it continues
-FREE = {"members", "member_ids", "workers", "device", "data", "save_every", "overwrite", "out",
-        "parallel", "cache", "teacher"}  # of the teacher, its identity counts  # fmt: skip
-# what lies beside a checkpoint until it is finished; the targets are the student's
-UNFINISHED = (".state", ".targets.npy", ".targets.json", ".val-targets.npy", ".val-targets.json")
+
+# -------------------------------------------------------------------------------------- the command
 
 
-# ------------------------------------------------------------------------------ the run
+class TrainingFlags(NamedTuple):
+    """The flags that members and student share, each with its value; --help has their units."""
+
+    dataset: str
+    data: Path | None
+    split: str
+    hold_out: list[str]
+    image_size: tuple[int, int] | None  # None: as the images are
+    crop_size: tuple[int, int]
+    scale: tuple[float, float]
+    cache: Path | None
+    workers: int
+    backbone: str
+    weights: str
+    epochs: int
+    batch_size: int
+    accumulate: int
+    lr: float
+    head_lr_mult: float
+    weight_decay: float
+    warmup: int
+    seed: int
+    select: str
+    device: torch.device
+    amp: str
+    compile: bool
+    save_every: float
+    overwrite: bool
+    recorded: dict  # all flags of the command, as checkpoints store them
 
 
-def stream(seed: int, role: str, member: int) -> list[int]:
-    """Four 32-bit integers for a network's random choices; no two networks share them."""
-    return np.random.SeedSequence([seed, ROLES[role], member]).generate_state(4).tolist()
+# What may differ between a command and the run that it continues. Of the teacher, its
+# identity counts, not its path.
+FREE_TO_CHANGE = {
+    "members",
+    "member_ids",
+    "parallel",
+    "workers",
+    "device",
+    "data",
+    "cache",
+    "out",
+    "save_every",
+    "overwrite",
+    "teacher",
+}
 
 
-def resolve(args: argparse.Namespace, recipe: dict) -> None:
-    """Fill what is left open from the recipe and the machine, and refuse what cannot be."""
-    if args.image_size and not args.crop_size:
-        args.crop_size = tuple(map(min, recipe["crop_size"], args.image_size))
-    if args.weights == "none" != recipe["weights"]:
+def resolve_flags(command: dict, recipe: dict) -> dict:
+    """The flags of a command; those it leaves open (None) come from the recipe or the machine.
+
+    Raises UsageError where the device cannot be used or the scales are out of range.
+    """
+    flags = dict(command)
+    if flags["image_size"] and not flags["crop_size"]:
+        height = min(recipe["crop_size"][0], flags["image_size"][0])
+        width = min(recipe["crop_size"][1], flags["image_size"][1])
+        flags["crop_size"] = (height, width)
+    if flags["weights"] == "none" and recipe["weights"] != "none":
         recipe = recipe | SCRATCH
-    for key in vars(args).keys() & recipe.keys():
-        if getattr(args, key) is None:
-            setattr(args, key, recipe[key])
-    device = choose_device(args.device)
-    cuda = device.type == "cuda"
-    args.device = str(device)
-    args.amp = choose_amp(args.amp, device)
-    if args.compile is None:
-        args.compile = cuda
-    if args.workers is None:  # on a CPU the training itself needs every core
-        args.workers = min(8, os.cpu_count() or 1) if cuda else 0
-    refuse_wrong_numbers(args)
+    for name, value in recipe.items():
+        if name in flags and flags[name] is None:
+            flags[name] = value
+
+    device = choose_device(flags["device"])
+    flags["device"] = str(device)
+    flags["amp"] = choose_amp(flags["amp"], device)
+    if flags["compile"] is None:
+        flags["compile"] = device.type == "cuda"
+    if flags["workers"] is None:
+        # on a CPU the training itself needs every core
+        flags["workers"] = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
+
+    low, high = flags["scale"]
+    if not (0 < low <= 1 <= high < math.inf):
+        raise UsageError(f"--scale {low:g} {high:g}: needs 0 < LO <= 1 <= HI")
+    return flags
 
 
-def refuse_wrong_numbers(args: argparse.Namespace) -> None:
-    """Raises UsageError naming the first flag whose value is out of range."""
-    above_0 = ("epochs", "batch_size", "accumulate", "lr", "head_lr_mult", "save_every")
-    from_0 = ("weight_decay", "warmup", "workers", "seed")
-    rules = [(key, 0 < getattr(args, key) < math.inf, "has to be positive and finite")
-             for key in above_0]  # fmt: skip
-    rules += [(key, 0 <= getattr(args, key) < math.inf, "cannot be negative or infinite")
-              for key in from_0]  # fmt: skip
-    rules += [(key, min(getattr(args, key) or [1]) > 0, "has to be positive")
-              for key in ("image_size", "crop_size")]  # fmt: skip
-    rules += [("batch_size", args.batch_size > 1,
-               "batch norm needs at least 2 images; use --accumulate to save memory"),
-              ("scale", 0 < args.scale[0] <= 1 <= args.scale[1] < math.inf,
-               "needs 0 < LO <= 1 <= HI")]  # fmt: skip
-    for key, fine, reason in rules:
-        if not fine:
-            value = getattr(args, key)
-            text = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
-            raise UsageError(f"--{key.replace('_', '-')} {text}: {reason}")
+def select_training_flags(resolved: dict) -> TrainingFlags:
+    """The resolved flags that the training reads; all others are recorded only."""
+    recorded = json.loads(json.dumps(resolved, default=str, sort_keys=True))
+    shared = {name: resolved[name] for name in TrainingFlags._fields if name in resolved}
+    shared["device"] = torch.device(resolved["device"])
+    return TrainingFlags(**shared, recorded=recorded)
 
 
-def plain(args: argparse.Namespace) -> dict:
-    """The flags as checkpoints store them: lists, numbers and strings."""
+def check_same(saved: dict, recorded: dict, path: Path) -> None:
+    """A run goes on under the flags it was begun with; UsageError names the first difference.
 
-    def simple(value):
-        if isinstance(value, list | tuple):
-            return [simple(part) for part in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return {key: simple(value) for key, value in sorted(vars(args).items())}
-
-
-def check_same(saved: dict, args: argparse.Namespace, path: Path) -> None:
-    """A run goes on under the flags it was begun with; UsageError names the first difference."""
-    now, free = plain(args), FREE
-    if saved["device"].split(":")[0] != now["device"].split(":")[0]:
-        free = FREE | {"amp", "compile"}  # the defaults follow the device
-    for key in sorted((saved.keys() | now.keys()) - free):
-        if saved.get(key) != now.get(key):
+    A flag that did not exist when the run began counts as a difference too.
+    """
+    free = FREE_TO_CHANGE
+    if saved["device"].split(":")[0] != recorded["device"].split(":")[0]:
+        free = free | {"amp", "compile"}  # their defaults follow the device
+    for name in sorted((saved.keys() | recorded.keys()) - free):
+        if saved.get(name) != recorded.get(name):
             raise UsageError(
-                f"{path} was begun with {key} = {saved.get(key)}, this command says "
-                f"{now.get(key)}; use the same flags, another --out, or --overwrite to start anew"
+                f"{path} was begun with {name} = {saved.get(name)}, this command says "
+                f"{recorded.get(name)}; use the same flags, another --out, or --overwrite to start "
+                "anew"
             )
 
 
-def open_splits(args: argparse.Namespace) -> list[data.SegmentationDataset]:
-    """The training and the validation split; prints their sizes and the resolved flags."""
-    common = {"image_size": args.image_size, "hold_out": args.hold_out}
-    train_set, val_set = (data.open_dataset(args.dataset, args.data, split, **common)
-                          for split in (args.split, "val"))  # fmt: skip
-    for dataset in (train_set, val_set) if args.cache else ():
-        data.keep_decoded(dataset, args.cache)
-    classes = len(train_set.classes)
-    print(f"{len(train_set)} training and {len(val_set)} validation images, {classes} classes")
-    shown = [f"{k} {v}" for k, v in plain(args).items() if v not in (None, [], False)]
-    print("  ".join(shown), flush=True)
-    return [train_set, val_set]
+ROLES = {"member": 0, "student": 1}
 
 
-def describe(dataset: data.SegmentationDataset, args: argparse.Namespace, members: int) -> dict:
-    """A checkpoint's `config`: all it takes to rebuild and use the network without a flag."""
-    return {
-        "backbone": args.backbone,
-        "classes": dataset.classes,
-        "palette": [list(colour) for colour in dataset.palette],
-        "dataset": args.dataset,
-        "hold_out": list(args.hold_out),
-        "image_size": list(args.image_size) if args.image_size else None,
-        "measures": [],
-        "members": members,
-    }
+class RandomStream(NamedTuple):
+    """The seeds of one network; no two networks share them."""
+
+    torch_seed: int  # of its initial weights and its dropout
+    view_seeds: list[int]  # of the order, scale, crop and flip of its images
 
 
-# ------------------------------------------------------------------------------ the loop
+def random_stream(seed: int, role: str, member: int) -> RandomStream:
+    """The seeds of a member or the student in the run with --seed `seed`."""
+    sequence = np.random.SeedSequence([seed, ROLES[role], member])
+    torch_seed, *view_seeds = sequence.generate_state(4).tolist()
+    return RandomStream(torch_seed, view_seeds)
+
+
+# -------------------------------------------------------------------------------- loss and schedule
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the labelled pixels, 0 where there are none; [B, C, H, W] and uint8 [B, H, W]."""
+    """Mean over the labelled pixels, 0 where there are none.
+
+    logits [B, C, H, W]; labels uint8 [B, H, W], of which 254 and 255 do not count. In a
+    process group it is the mean over the pixels of all processes.
+    """
     target = torch.where(labels == IGNORED, VOID, labels.long())
     total = F.cross_entropy(logits.float(), target, ignore_index=VOID, reduction="sum")
-    return sum_over_processes(total) / sum_over_processes((target != VOID).sum()).clamp(min=1)
+    count = (target != VOID).sum()
+    return sum_over_processes(total) / sum_over_processes(count).clamp(min=1)
+
+
+def segmentation_loss(network: nn.Module, batch: Sample) -> tuple[Tensor, dict[str, Tensor]]:
+    """The members' `loss_fn` for `fit`: the loss of a batch, and what to log of it."""
+    logits = network(batch.images).logits
+    return cross_entropy(logits, batch.labels), {}
+
+
+def lr_factor(step: int, steps: int, warmup: int) -> float:
+    """1 at step 0 (without warm-up), above 0 at the last step, `steps` - 1."""
+    decay = (1 - step / steps) ** 0.9
+    rise = min(1.0, (step + 1) / max(1, warmup))
+    return decay * rise
+
+
+def build_optimizer(
+    model: DeepLabV3,
+    lr: float,
+    head_lr_mult: float,
+    weight_decay: float,
+    uncertainty_weight: float = 1.0,
+) -> torch.optim.SGD:
+    """SGD with momentum 0.9; `lr_mult` of a parameter group multiplies the learning rate.
+
+    uncertainty_weight multiplies the loss of each uncertainty, so that it shapes the shared
+    features more. The uncertainty head's own steps should not grow with it, so its rate is
+    divided by the weight and its decay multiplied by it (their product stays). This holds
+    while every loss on that head carries the weight.
+    """
+    uncertainty_lr_mult = max(head_lr_mult, UNCERTAINTY_LR_MULT)
+    lr_mults = {
+        "backbone": 1.0,
+        "classifier": head_lr_mult,
+        "uncertainty": uncertainty_lr_mult / uncertainty_weight,
+    }
+    groups = []
+    for name, part in model.named_children():
+        decay = weight_decay
+        if name == "uncertainty":
+            decay = weight_decay * uncertainty_weight
+        parameters = list(part.parameters())
+        groups.append({"params": parameters, "lr_mult": lr_mults[name], "weight_decay": decay})
+    return torch.optim.SGD(groups, lr, momentum=0.9, fused=True)
+
+
+# ----------------------------------------------------------------------------------------- the loop
+
+
+class UnreadLoss(NamedTuple):
+    """The loss of a batch that nobody has looked at yet: reading it would wait for a GPU."""
+
+    batch: int  # of the epoch
+    indices: Tensor  # of its images
+    loss: Tensor
+
+
+@dataclass
+class RunState:
+    """Where a training stands: what a later process needs, beside the weights, to go on."""
+
+    epoch: int = 0  # the one that runs now, from 0
+    batch: int = 0  # batches of it that are done
+    images: int = 0  # images of it that were seen
+    sums: dict[str, Tensor] = field(default_factory=dict)  # this epoch's loss and its terms
+    history: list[dict] = field(default_factory=list)  # one entry per finished epoch, as in .jsonl
+    best_weights: dict[str, Tensor] = field(default_factory=dict)  # with --select best
+    unread_losses: list[UnreadLoss] = field(default_factory=list)  # empty whenever it is saved
+
+
+@dataclass
+class Run:
+    """A network in training and all that changes with it."""
+
+    path: Path  # of the checkpoint that it becomes
+    model: nn.Module  # the plain network, whose weights are saved
+    wrapped_model: nn.Module  # the same network as it trains: in a process group, compiled
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    state: RunState
+    image_names: list[str]  # for messages
+    signals: list[int]  # SIGINT, SIGTERM that arrived
+
+
+def fit(
+    model: DeepLabV3,
+    optimizer: torch.optim.Optimizer,
+    loss_fn: Callable[[nn.Module, Sample], tuple[Tensor, dict[str, Tensor]]],
+    train_loader: DataLoader,
+    validation: Callable[[nn.Module], dict],
+    flags: TrainingFlags,
+    path: Path,
+) -> tuple[dict[str, Tensor], dict]:
+    """Train `model`; returns the weights to keep, on the CPU, and their epoch's log entry.
+
+    loss_fn(model, batch) returns the loss and a dictionary of what to log; validation(model)
+    returns what `evaluate.validate` does. The state of the running training lies in
+    `path`.state and is taken up if it is there; `path`.jsonl gets one JSON line per epoch.
+
+    Raises UsageError where the loss is not finite or the state belongs to another command;
+    SystemExit 130 or 143, after saving, where a signal asks for it.
+    """
+    scaler = torch.amp.GradScaler(flags.device.type, enabled=flags.amp == "fp16")
+    state = load_state(path.with_suffix(".state"), model, optimizer, scaler, flags)
+    wrapped_model = wrap_for_group(model, flags.device)
+    if flags.compile:
+        # an epoch's last, smaller batch has a graph of its own
+        wrapped_model = torch.compile(wrapped_model, dynamic=False)
+    image_names = train_loader.dataset.dataset.names  # of the data set behind the views
+
+    with noted_signals() as signals:
+        run = Run(path, model, wrapped_model, optimizer, scaler, state, image_names, signals)
+        while state.epoch < flags.epochs:
+            progress = Progress(path.stem, state, flags.epochs, len(train_loader.batch_sampler))
+            train_one_epoch(run, loss_fn, train_loader, flags, progress)
+            share_statistics(model)
+            results = validation(model)
+            finish_epoch(run, results, progress, flags.select)
+            save_state(run, flags)
+            stop_if_signalled(run, flags)
+
+    weights = model.state_dict()
+    if flags.select == "best":
+        weights = state.best_weights
+    weights = {name: value.cpu() for name, value in weights.items()}
+    return weights, kept_epoch(state.history, flags.select)
+
+
+def train_one_epoch(
+    run: Run, loss_fn: Callable, loader: DataLoader, flags: TrainingFlags, progress: "Progress"
+) -> None:
+    """The rest of epoch `run.state.epoch`, from batch `run.state.batch` on.
+
+    An optimiser step takes `--accumulate` batches; the last step of an epoch takes what is
+    left. The state is saved every `--save-every` minutes and where a signal asks for it.
+    """
+    state = run.state
+    device = flags.device
+    world = get_world_size()
+    batches = loader.batch_sampler
+    batches.epoch = state.epoch
+    batches.start = state.batch
+    steps_per_epoch = math.ceil(len(batches) / flags.accumulate)
+    last_save = time.monotonic()
+
+    run.model.train()
+    for batch in loader:
+        first_batch_of_step = state.batch - state.batch % flags.accumulate
+        batches_of_step = min(flags.accumulate, len(batches) - first_batch_of_step)
+
+        # ---- forward and backward
+        share_statistics(run.wrapped_model)
+        # index, view and flip stay on the CPU: reading them there would wait for the GPU
+        batch = batch._replace(
+            images=batch.images.to(device, non_blocking=True),
+            labels=batch.labels.to(device, non_blocking=True),
+        )
+        with autocast(device, flags.amp):
+            loss, logs = loss_fn(run.wrapped_model, batch)
+        # times `world`: see `wrap_for_group`
+        run.scaler.scale(loss * world / batches_of_step).backward()
+
+        # ---- what happened
+        add_to_sums(state.sums, {"loss": loss, **logs})
+        state.unread_losses.append(UnreadLoss(state.batch, batch.index, loss.detach()))
+        state.batch += 1
+        state.images += len(batch.images) * world
+        if state.batch < first_batch_of_step + batches_of_step:
+            continue
+        # Reading a loss waits for a GPU, so there it is done every 20 batches. On a CPU it is
+        # free, so it is done before each step: broken weights are never kept.
+        epoch_is_done = state.batch == len(batches)
+        if device.type == "cpu" or len(state.unread_losses) >= 20 or epoch_is_done:
+            check_finite(state, run.image_names)
+
+        # ---- optimiser step
+        step = state.epoch * steps_per_epoch + first_batch_of_step // flags.accumulate
+        factor = lr_factor(step, flags.epochs * steps_per_epoch, flags.warmup)
+        for group in run.optimizer.param_groups:
+            group["lr"] = flags.lr * group["lr_mult"] * factor
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+        progress.show(state, run.optimizer.param_groups[0]["lr"])
+
+        # ---- save now and then
+        save_is_due = bool(run.signals) or time.monotonic() - last_save > 60 * flags.save_every
+        if world == 1:
+            save_now = save_is_due
+        else:
+            # Asking the group waits for all of it, so it is asked only where its processes have
+            # just waited for the losses: at the same step in every one of them.
+            losses_were_read = not state.unread_losses
+            save_now = losses_were_read and any_process(save_is_due, device)
+        if save_now:
+            save_state(run, flags)
+            stop_if_signalled(run, flags)
+            last_save = time.monotonic()
+
+
+def add_to_sums(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Add each value to the sum of its name, without its gradient."""
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0) + value.detach()
+
+
+def check_finite(state: RunState, image_names: list[str]) -> None:
+    """Look at the unread losses; UsageError names the first batch whose loss is not finite."""
+    for batch, indices, loss in state.unread_losses:
+        value = loss.item()
+        if not math.isfinite(value):
+            # indices from len(image_names) on are images without labels
+            labelled = [index for index in indices.tolist() if index < len(image_names)]
+            images = ", ".join(image_names[index] for index in labelled)
+            raise UsageError(
+                f"the loss is {value} in epoch {state.epoch}, batch {batch} (images {images}); "
+                "nothing was saved of it: look at these images, lower --lr, or try --amp off"
+            )
+    state.unread_losses.clear()
+
+
+def finish_epoch(run: Run, results: dict, progress: "Progress", select: str) -> None:
+    """Log the epoch and its validation results, keep the best weights, go to the next epoch."""
+    state = run.state
+    entry = progress.finish(state, results, run.optimizer.param_groups[0]["lr"])
+    state.history.append(entry)
+    if select == "best" and kept_epoch(state.history, "best") is entry:
+        weights = run.model.state_dict()
+        state.best_weights = {name: value.clone() for name, value in weights.items()}
+    state.epoch += 1
+    state.batch = 0
+    state.images = 0
+    state.sums = {}
+    lines = [json.dumps(without_nan(entry)) + "\n" for entry in state.history]
+    write_by_first_process(run.path.with_suffix(".jsonl"), "".join(lines))
+
+
+def kept_epoch(history: list[dict], select: str) -> dict:
+    """The log entry of the epoch whose weights are kept: the last, or the first of the best.
+
+    The best has the highest validation mIoU. An epoch whose mIoU is not a number is never the
+    best, unless there is no other.
+    """
+    if select == "best":
+        measured = [entry for entry in history if not math.isnan(entry["miou"])]
+        if measured:
+            return max(measured, key=lambda entry: entry["miou"])
+    return history[-1]
+
+
+# ---------------------------------------------------------------------------------------- the state
+
+
+def save_state(run: Run, flags: TrainingFlags) -> None:
+    """Write all that the same command needs to go on.
+
+    Losses that were not looked at are checked first: a state with broken weights is never
+    written.
+    """
+    state = run.state
+    check_finite(state, run.image_names)
+    content = {
+        "epoch": state.epoch,
+        "batch": state.batch,
+        "images": state.images,
+        "sums": state.sums,
+        "history": state.history,
+        "best_weights": state.best_weights,
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "rng": random_states(flags.device),
+        "args": flags.recorded,
+    }
+    write_by_first_process(run.path.with_suffix(".state"), content)
+
+
+def stop_if_signalled(run: Run, flags: TrainingFlags) -> None:
+    """End the process, whose state was just saved, if a signal has arrived in any of a group."""
+    # asking also waits until the first process has written
+    if not any_process(bool(run.signals), flags.device):
+        return
+    if is_first_process():
+        without = " without --overwrite" if flags.overwrite else ""
+        print(
+            f"\n{run.path.stem}: saved at epoch {run.state.epoch}, batch {run.state.batch}; the "
+            f"same command{without} continues from there",
+            file=sys.stderr,
+        )
+    number = run.signals[0] if run.signals else signal.SIGTERM
+    raise SystemExit(128 + number)
+
+
+def load_state(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    flags: TrainingFlags,
+) -> RunState:
+    """Where the training stands: from `path` if a run was interrupted, else its beginning.
+
+    Sets the model, the optimiser, the scaler and the random generators as they were. Raises
+    UsageError where the state is of another command or of another number of processes.
+    """
+    if not path.exists():
+        return RunState()
+    saved = read_tensors(path)
+    check_same(saved["args"], flags.recorded, path)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    if flags.amp == "fp16" and saved["scaler"]:
+        scaler.load_state_dict(saved["scaler"])
+    restore_random_states(saved["rng"], flags.device, path)
+
+    state = RunState(
+        epoch=saved["epoch"],
+        batch=saved["batch"],
+        images=saved["images"],
+        sums={name: value.to(flags.device) for name, value in saved["sums"].items()},
+        history=saved["history"],
+        best_weights=saved["best_weights"],
+    )
+    print(f"{path.stem}: continuing at epoch {state.epoch}, batch {state.batch}", flush=True)
+    return state
+
+
+def random_states(device: torch.device) -> list[list[Tensor]]:
+    """The state of the generators of every process: the CPU's, and the GPU's where it is used."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    world = get_world_size()
+    if world == 1:
+        return [states]
+    states_of_all = [None] * world
+    dist.all_gather_object(states_of_all, states)
+    return states_of_all
+
+
+def restore_random_states(states: list[list[Tensor]], device: torch.device, path: Path) -> None:
+    """Set this process's generators; UsageError where another number of processes saved them."""
+    if len(states) != get_world_size():
+        raise UsageError(
+            f"{path} was begun by {len(states)} processes, now there are {get_world_size()}; use "
+            "as many, or --overwrite to start anew"
+        )
+    states_of_process = states[get_rank()]
+    torch.set_rng_state(states_of_process[0])
+    if device.type == "cuda" and len(states_of_process) > 1:
+        torch.cuda.set_rng_state(states_of_process[1], device)
+
+
+def write_by_first_process(path: Path, content: dict | str) -> None:
+    """`save_atomically`, in one process of a group alone."""
+    if is_first_process():
+        save_atomically(path, content)
+
+
+# What lies beside a checkpoint until it is finished; the targets are a student's.
+UNFINISHED = (".state", ".targets.npy", ".targets.json", ".val-targets.npy", ".val-targets.json")
+
+
+def remove_files(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Remove the files of those suffixes beside the checkpoint `path`, and half-written ones.
+
+    A run that is killed while it writes leaves a temporary file behind.
+    """
+    for suffix in suffixes:
+        path.with_suffix(suffix).unlink(missing_ok=True)
+    for half_written in path.parent.glob(f".{path.stem}.*.tmp"):
+        half_written.unlink(missing_ok=True)
+
+
+def refuse_other_command(path: Path, recorded: dict) -> None:
+    """UsageError where `path`, or the state beside it, was begun under other flags."""
+    state = path.with_suffix(".state")
+    if path.exists():
+        check_same(read_checkpoint(path)["args"], recorded, path)
+    elif state.exists():
+        check_same(read_tensors(state)["args"], recorded, state)
+
+
+def report_finished(path: Path) -> None:
+    """Print that the checkpoint `path` is there already; tidy up what a kill left beside it."""
+    remove_files(path, UNFINISHED)
+    miou = read_checkpoint(path)["metrics"]["miou"]
+    print(f"{path.name}: finished, val miou {miou:.4f}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------- processes
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is true in a process of the group; waits for all of them."""
+    if get_world_size() == 1:
+        return flag
+    shared = torch.tensor(int(flag), device=device)
+    dist.all_reduce(shared)
+    return shared.item() > 0
+
+
+def wait_for_group(device: torch.device) -> None:
+    """Return when every process of the group has come here."""
+    any_process(False, device)
+
+
+# How the gradients of a process group come out right: our losses are means over the pixels of
+# all processes. Each process differentiates the parts that its own pixels have in the sums
+# (`sum_over_processes`), so the gradient of the whole is the SUM of the processes' gradients.
+# DistributedDataParallel takes their MEAN, so the training loop multiplies the loss by their
+# number.
+
+
+def wrap_for_group(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model as it trains in a process group, with gradients averaged; alone, as it is.
+
+    On GPUs batch norm takes the statistics of all processes. On a CPU, for which torch has no
+    such layer, each process knows only its own.
+    """
+    if get_world_size() == 1:
+        return model
+    devices = None
+    if device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        devices = [device]
+    model = nn.parallel.DistributedDataParallel(model, device_ids=devices)
+    # `share_statistics` does this once per step: between the two forward passes of a step it
+    # would change what the first one's gradients need.
+    model.broadcast_buffers = False
+    return model
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
-    """The sum of x over a process group. Its gradient is that of this process's part: what a loss
-    made of such sums sends back adds up, over the group, to the gradient of the whole batch."""
-    if data.rank_and_world()[1] == 1:
+    """The sum of x over a process group, with the gradient of this process's part alone."""
+    if get_world_size() == 1:
         return x
     total = x.detach().clone()
     dist.all_reduce(total)
     return total + (x - x.detach())
 
 
-def segmentation_loss(network: nn.Module, batch: Sample) -> tuple[Tensor, dict[str, Tensor]]:
-    """The members' `loss_fn` for `fit`: the loss of a batch, and what to log of it."""
-    return cross_entropy(network(batch.images).logits, batch.labels), {}
-
-
-def lr_factor(step: int, steps: int, warmup: int) -> float:
-    """1 at step 0 (without warm-up), above 0 at the last step, `steps` - 1."""
-    return (1 - step / steps) ** 0.9 * min(1.0, (step + 1) / max(1, warmup))
-
-
-def build_optimizer(model: DeepLabV3, args: argparse.Namespace) -> torch.optim.SGD:
-    """SGD with momentum; `multiple` of a group is what its learning rate is to the base."""
-    weight = getattr(args, "uncertainty_weight", None) or 1.0  # a member has none
-    weight /= len(getattr(args, "targets", "1"))  # of which the loss takes the mean
-    multiples = {"backbone": 1.0, "classifier": args.head_lr_mult,
-                 "uncertainty": max(args.head_lr_mult, UNCERTAINTY_LR_MULT) / weight}  # fmt: skip
-    groups = [{"params": list(part.parameters()), "multiple": multiples[name],
-               "weight_decay": args.weight_decay * (weight if name == "uncertainty" else 1.0)}
-              for name, part in model.named_children()]  # fmt: skip
-    return torch.optim.SGD(groups, args.lr, momentum=0.9, fused=True)
-
-
-def fit(
-    model: DeepLabV3, loss_fn, train_loader: DataLoader, validation, args: argparse.Namespace,
-    path: Path, config: dict,
-) -> None:  # fmt: skip
-    """Train `model` and write the checkpoint `path`; validation(model) returns as `validate` does.
-
-    The state of the running training lies in `path`.state and is taken up if it is there; one JSON
-    line an epoch goes to `path`.jsonl. Raises UsageError where the loss is not finite or the state
-    belongs to another command; SystemExit 130 or 143, after saving, where a signal asks for it.
-    """
-    state_path, batches = path.with_suffix(".state"), train_loader.batch_sampler
-    device, optimizer = torch.device(args.device), build_optimizer(model, args)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    at = load_state(state_path, model, optimizer, scaler, args)
-    rank, world = data.rank_and_world()
-    network = parallel(model, device)
-    if args.compile:  # an epoch's last, smaller batch has a graph of its own
-        network = torch.compile(network, dynamic=False)
-    with noted_signals() as caught:
-
-        def save() -> None:
-            check_finite(at, train_loader.dataset.dataset)
-            write(state_path, at | {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(), "args": plain(args), "rng": random_states(device),
-            })  # fmt: skip
-            if any_process(bool(caught), device):  # which waits until it is saved
-                say_how_to_continue(path, at, args)
-                raise SystemExit(128 + (caught or [signal.SIGTERM])[0])
-
-        while at["epoch"] < args.epochs:
-            model.train()
-            batches.epoch, batches.start = at["epoch"], at["batch"]
-            progress, saved = Progress(path.stem, at, args, len(batches)), time.monotonic()
-            for _ in train_steps(network, loss_fn, train_loader, optimizer, scaler, args, at):
-                progress.show(at, optimizer.param_groups[0]["lr"])
-                due = bool(caught) or time.monotonic() - saved > 60 * args.save_every
-                # a group asks all of its processes, where it waits for the losses anyway
-                if due if world == 1 else not at["recent"] and any_process(due, device):
-                    save()
-                    saved = time.monotonic()
-            share_statistics(model)
-            scores = validation(model)
-            at["history"].append(progress.epoch(at, scores, optimizer.param_groups[0]["lr"]))
-            if args.select == "best" and kept_epoch(at["history"], "best") is at["history"][-1]:
-                copy = {name: value.clone() for name, value in model.state_dict().items()}
-                at["best"] = {"miou": scores["miou"], "model": copy}
-            at.update(epoch=at["epoch"] + 1, batch=0, sums={}, seen=0)
-            write(path.with_suffix(".jsonl"), "".join(json.dumps(e) + "\n" for e in at["history"]))
-            save()
-
-    weights = at["best"]["model"] if args.select == "best" else model.state_dict()
-    kept = kept_epoch(at["history"], args.select)
-    write(path, {
-        "model": {name: value.cpu() for name, value in weights.items()},
-        "config": config, "args": plain(args), "versions": versions(),
-        "metrics": {key: kept[key] for key in ("miou", "pixel_accuracy", "loss")},
-    })  # fmt: skip
-    if rank == 0:
-        remove(path, UNFINISHED)
-
-
-def write(path: Path, content: dict | str) -> None:
-    """`save_atomically`, by the first process of a group alone."""
-    if data.rank_and_world()[0] == 0:
-        save_atomically(path, content)
-
-
-def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model as it trains in a process group: gradients summed, statistics of batch norm those
-    of all processes on GPUs (a CPU knows only its own)."""
-    if data.rank_and_world()[1] == 1:
-        return model
-    devices = None
-    if device.type == "cuda":
-        model, devices = nn.SyncBatchNorm.convert_sync_batchnorm(model), [device]
-    # see `share_statistics`; between the two passes of a step it would change what the first one's
-    # gradients need
-    model = nn.parallel.DistributedDataParallel(model, device_ids=devices)
-    model.broadcast_buffers = False
-    return model
-
-
-def say_how_to_continue(path: Path, at: dict, args: argparse.Namespace) -> None:
-    without = " without --overwrite" if args.overwrite else ""
-    if data.rank_and_world()[0] == 0:
-        print(f"\n{path.stem}: saved at epoch {at['epoch']}, batch {at['batch']}; the same command"
-              f"{without} continues from there", file=sys.stderr)  # fmt: skip
-
-
 def share_statistics(model: nn.Module) -> None:
-    """The first process's statistics of batch norm for all of a group, before each step: what the
-    others collect on a CPU would be in no saved state."""
-    for buffer in model.buffers() if data.rank_and_world()[1] > 1 else ():
-        dist.broadcast(buffer, 0)
+    """Give all of a group the first process's statistics of batch norm, before each step.
 
-
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is true in a process of the group; waits for all of them."""
-    if data.rank_and_world()[1] == 1:
-        return flag
-    shared = torch.tensor(int(flag), device=device)
-    dist.all_reduce(shared)
-    return bool(shared.item())
-
-
-def random_states(device: torch.device) -> list[list[Tensor]]:
-    """The state of the generators of every process: the CPU's, and the GPU's where it is used."""
-    own = [torch.get_rng_state()]
-    if device.type == "cuda":
-        own.append(torch.cuda.get_rng_state(device))
-    states = [None] * data.rank_and_world()[1]
-    if len(states) == 1:
-        return [own]
-    dist.all_gather_object(states, own)
-    return states
-
-
-def kept_epoch(history: list[dict], select: str) -> dict:
-    """The log entry of the epoch whose weights are kept: the last, or the first of the best."""
-    return max(history, key=lambda entry: entry["miou"]) if select == "best" else history[-1]
-
-
-def train_steps(network: nn.Module, loss_fn, loader, optimizer, scaler, args, at: dict):
-    """The rest of epoch at["epoch"] from batch at["batch"] on; yields after every optimiser step,
-    `at` up to date. A step takes `--accumulate` batches, an epoch's last one what is left."""
-    device, batches = torch.device(args.device), loader.batch_sampler
-    world = data.rank_and_world()[1]
-    steps = math.ceil(len(batches) / args.accumulate)  # an epoch
-    for batch in loader:
-        first = at["batch"] - at["batch"] % args.accumulate
-        size = min(args.accumulate, len(batches) - first)
-        share_statistics(network)
-        # the rest stays: reading it would wait for the GPU
-        pixels = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels))
-        batch = batch._replace(**dict(zip(("images", "labels"), pixels, strict=True)))
-        with autocast(device, args.amp):
-            loss, logs = loss_fn(network, batch)
-        scaler.scale(loss * world / size).backward()  # the group takes the mean over processes
-        for name, value in {"loss": loss, **logs}.items():
-            at["sums"][name] = at["sums"].get(name, 0) + value.detach()
-        at["recent"].append((at["batch"], batch.index, loss.detach()))
-        at["batch"] += 1
-        at["seen"] += len(batch.images) * world
-        if at["batch"] < first + size:
-            continue
-        # reading a loss waits for the GPU: now and then; on a CPU before the weights take harm
-        if device.type == "cpu" or len(at["recent"]) >= 20 or at["batch"] == len(batches):
-            check_finite(at, loader.dataset.dataset)
-        step = at["epoch"] * steps + first // args.accumulate
-        factor = lr_factor(step, args.epochs * steps, args.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * group["multiple"] * factor
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        yield
-
-
-def check_finite(at: dict, dataset: data.SegmentationDataset) -> None:
-    """Raises UsageError naming the first batch since the last call whose loss is not finite."""
-    for number, index, loss in at["recent"]:
-        if not math.isfinite(value := loss.item()):
-            images = ", ".join(dataset.stem(i) for i in index.tolist() if i < len(dataset))
-            raise UsageError(
-                f"the loss is {value} in epoch {at['epoch']}, batch {number} (images {images}); "
-                "nothing was saved of it: look at these images, lower --lr, or try --amp off"
-            )
-    at["recent"].clear()
-
-
-def load_state(path: Path, model: nn.Module, optimizer, scaler, args) -> dict:
-    """Where the training stands: from `path` if a run was interrupted, else its beginning."""
-    at = {"epoch": 0, "batch": 0, "seen": 0, "sums": {}, "history": [], "best": {}, "recent": []}
-    if not path.exists():
-        return at
-    state = read_tensors(path)
-    check_same(state["args"], args, path)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    if args.amp == "fp16" and state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-    rank, world = data.rank_and_world()
-    if len(state["rng"]) != world:
-        raise UsageError(f"{path} was begun by {len(state['rng'])} processes, now there are "
-                         f"{world}; use as many, or --overwrite to start anew")  # fmt: skip
-    on_cpu, *on_gpu = state["rng"][rank]
-    torch.set_rng_state(on_cpu)
-    if on_gpu and torch.device(args.device).type == "cuda":
-        torch.cuda.set_rng_state(*on_gpu, args.device)
-    at |= {key: state[key] for key in at}
-    at["sums"] = {name: value.to(args.device) for name, value in at["sums"].items()}
-    print(f"{path.stem}: continuing at epoch {at['epoch']}, batch {at['batch']}", flush=True)
-    return at
-
-
-@contextlib.contextmanager
-def process_group(device: str) -> Iterator[None]:
-    """Under torchrun, the group that shares the work; its first process speaks for all."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
+    What the others collect on a CPU would be in no saved state.
+    """
+    if get_world_size() == 1:
         return
-    cuda = device.startswith("cuda")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
-        stack.callback(dist.destroy_process_group)
-        if dist.get_rank():
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-        yield
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
 
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM go to a list, for the loop to look at when its state is whole; a second
-    one ends at once."""
+    """SIGINT and SIGTERM go to a list, for the loop to look at when its state is whole.
+
+    A second one ends at once.
+    """
     caught = []
 
     def note(number: int, frame) -> None:
@@ -458,140 +739,239 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def signals_to(handler) -> Iterator[None]:
+def signals_to(handler: Callable) -> Iterator[None]:
     """SIGINT and SIGTERM call `handler(number, frame)` for the time being."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    old_interrupt = signal.signal(signal.SIGINT, handler)
+    old_terminate = signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        signal.signal(signal.SIGINT, old_interrupt)
+        signal.signal(signal.SIGTERM, old_terminate)
+
+
+# ----------------------------------------------------------------------------------------- progress
 
 
 class Progress:
     """One live line on a terminal while an epoch runs, one line an epoch anywhere."""
 
-    def __init__(self, name: str, at: dict, args: argparse.Namespace, batches: int):
-        self.args, self.batches = args, batches
-        self.title = f"{name}  epoch {at['epoch'] + 1}/{args.epochs}"
-        self.batch, self.seen = at["batch"], at["seen"]  # above 0 where a run is continued
-        self.start = self.shown = time.monotonic()
+    def __init__(self, name: str, state: RunState, epochs: int, num_batches: int):
+        self.live_line = LiveLine(silent=not is_first_process())
+        self.title = f"{name}  epoch {state.epoch + 1}/{epochs}"
+        self.epochs = epochs
+        self.num_batches = num_batches
+        # above 0 where an epoch is continued: the rate is that of what is done now
+        self.first_batch = state.batch
+        self.first_image = state.images
+        self.started = time.monotonic()
 
-    def show(self, at: dict, lr: float) -> None:
-        now = time.monotonic()
-        if not sys.stderr.isatty() or data.rank_and_world()[0] or now - self.shown < 0.5:
+    def show(self, state: RunState, lr: float) -> None:
+        """The live line: mean loss of the epoch so far, rate, time left of the whole training."""
+        if not self.live_line.is_due():
             return
-        self.shown, seconds = now, now - self.start
-        batches_left = (self.args.epochs - at["epoch"]) * self.batches - at["batch"]
-        left = timedelta(seconds=round(batches_left * seconds / (at["batch"] - self.batch)))
-        text = (f"{self.title}  batch {at['batch']}/{self.batches}  "
-                f"loss {at['sums']['loss'].item() / at['batch']:.4f}  lr {lr:.2e}  "
-                f"{(at['seen'] - self.seen) / seconds:.1f} images/s  {left} left")  # fmt: skip
-        print(f"\r{text:<100}", end="", file=sys.stderr, flush=True)
+        seconds = time.monotonic() - self.started
+        loss = state.sums["loss"].item() / state.batch
+        rate = (state.images - self.first_image) / seconds
+        batches_left = (self.epochs - state.epoch) * self.num_batches - state.batch
+        seconds_left = batches_left * seconds / (state.batch - self.first_batch)
+        self.live_line.show(
+            f"{self.title}  batch {state.batch}/{self.num_batches}  loss {loss:.4f}  lr {lr:.2e}  "
+            f"{rate:.1f} images/s  {timedelta(seconds=round(seconds_left))} left"
+        )
 
-    def epoch(self, at: dict, scores: dict, lr: float) -> dict:
+    def finish(self, state: RunState, results: dict, lr: float) -> dict:
         """Print the epoch's line and return it as the dictionary that goes to the log."""
-        seconds = time.monotonic() - self.start
-        left = timedelta(seconds=round(seconds * (self.args.epochs - at["epoch"] - 1)))
-        means = {name: value.item() / self.batches for name, value in at["sums"].items()}
-        logs = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        if sys.stderr.isatty():
-            print("\r" + " " * 100 + "\r", end="", file=sys.stderr, flush=True)
-        kept = ("miou", "pixel_accuracy", "mean_class_accuracy", "fidelity_rmsle",
-                "fidelity_pearson")  # the last two are a student's  # fmt: skip
-        scores = {key: scores[key] for key in kept if key in scores}
-        follows = f"  val pearson {scores[kept[-1]]:.4f}" if kept[-1] in scores else ""
-        print(f"{self.title}  {logs}  val miou {scores['miou']:.4f}{follows}  {seconds:.1f} s  "
-              f"{left} left", flush=True)  # fmt: skip
-        return {"epoch": at["epoch"] + 1, "lr": lr, **means, **scores, "seconds": round(seconds, 2)}
+        seconds = time.monotonic() - self.started
+        seconds_left = seconds * (self.epochs - state.epoch - 1)
+        means = {name: value.item() / self.num_batches for name, value in state.sums.items()}
+        logged = ("miou", "pixel_accuracy", "mean_class_accuracy")
+        logged_of_student = ("fidelity_rmsle", "fidelity_pearson")
+        results = {name: results[name] for name in logged + logged_of_student if name in results}
 
-
-# ------------------------------------------------------------------------------ command line
-
-
-def remove(path: Path, suffixes: tuple[str, ...]) -> None:
-    """Remove the files of those suffixes that lie beside the checkpoint `path`, and what was left
-    half written when a run was killed."""
-    for suffix in suffixes:
-        path.with_suffix(suffix).unlink(missing_ok=True)
-    for half in path.parent.glob(f".{path.stem}.*.tmp"):
-        half.unlink(missing_ok=True)
-
-
-def is_finished(path: Path, args: argparse.Namespace) -> bool:
-    """Whether `path` was trained by this very command; UsageError where it was by another one."""
-    if not path.exists():
-        if (state := path.with_suffix(".state")).exists():  # before anything of it is touched
-            check_same(read_tensors(state)["args"], args, state)
-        return False
-    checkpoint = read_checkpoint(path)
-    check_same(checkpoint["args"], args, path)
-    remove(path, UNFINISHED)  # of a run that was killed while it tidied up
-    print(f"{path.name}: finished, val miou {checkpoint['metrics']['miou']:.4f}", flush=True)
-    return True
-
-
-def build(
-    args: argparse.Namespace, key: list[int], classes: int, measures: tuple[str, ...] = ()
-) -> DeepLabV3:
-    """A network initialised from the first integer of its stream, which also seeds its dropout."""
-    torch.manual_seed(key[0])
-    model = DeepLabV3(args.backbone, classes, measures)
-    print(load_weights(model, args.weights, args.backbone), flush=True)
-    if rank := data.rank_and_world()[0]:  # the same weights, but dropout of its own
-        torch.manual_seed(key[0] + rank)
-    # measured: channels_last is the faster layout on a GPU, the slower one on a CPU
-    cuda = args.device.startswith("cuda")
-    return model.to(args.device, memory_format=(
-        torch.channels_last if cuda else torch.contiguous_format))
-
-
-def loaders(args: argparse.Namespace, views: data.TrainingViews, val_set):
-    """The training and the validation loader of one network."""
-    device, count = torch.device(args.device), len(views)
-    if count < args.batch_size:
-        print(f"{count} training images are less than a batch of {args.batch_size}: one batch of "
-              "all of them")  # fmt: skip
-    return (
-        data.training_loader(views, args.batch_size, args.workers, device),
-        data.evaluation_loader(val_set, args.batch_size, args.workers, device),
-    )
+        words = [self.title]
+        words += [f"{name} {mean:.4f}" for name, mean in means.items()]
+        words.append(f"val miou {results['miou']:.4f}")
+        if "fidelity_pearson" in results:
+            words.append(f"val pearson {results['fidelity_pearson']:.4f}")
+        words.append(f"{seconds:.1f} s")
+        words.append(f"{timedelta(seconds=round(seconds_left))} left")
+        self.live_line.clear()
+        print("  ".join(words), flush=True)
+        return {
+            "epoch": state.epoch + 1,
+            "lr": lr,
+            **means,
+            **results,
+            "seconds": round(seconds, 2),
+        }
 
 
 def draw_curves(folder: Path) -> None:
     """curves.svg: loss and validation mIoU by epoch of all members that are in the folder."""
-    charts, logs = [], {}
-    for path in sorted(folder.glob("member_[0-9]*.jsonl")):
-        logs[path.stem] = [json.loads(line) for line in path.read_text().splitlines()]
+    charts = []
     for key, title in (("loss", "Training loss"), ("miou", "Validation mIoU")):
-        series = [(name, [entry["epoch"] for entry in log], [entry[key] for entry in log], i % 4,
-                   i // 4 % 3) for i, (name, log) in enumerate(logs.items())]  # fmt: skip
-        charts.append(line_chart(title, series, "epoch", key, (None, None, 0, None)))
+        series = []
+        logs = [path.with_suffix(".jsonl") for path in find_members(folder)]
+        for number, path in enumerate(logs):
+            entries = [json.loads(line) for line in path.read_text().splitlines()]
+            epochs = [entry["epoch"] for entry in entries]
+            values = [math.nan if entry[key] is None else entry[key] for entry in entries]
+            colour = number % 4
+            dash = number // 4 % 3
+            series.append(Series(path.stem, epochs, values, colour, dash))
+        charts.append(line_chart(title, series, "epoch", key, Limits(y0=0)))
     save_atomically(folder / "curves.svg", chart_sheet(charts))
 
 
-def train_members(args: argparse.Namespace, paths: dict[int, Path], train_set, val_set) -> None:
-    """One member after the other; finished ones are kept."""
+# ------------------------------------------------------------------------------------------ members
+
+
+def open_splits(flags: TrainingFlags) -> tuple[data.SegmentationDataset, data.SegmentationDataset]:
+    """The training and the validation split; prints their sizes and the resolved flags."""
+    splits = []
+    for split in (flags.split, "val"):
+        dataset = data.open_dataset(
+            flags.dataset, flags.data, split, flags.image_size, flags.hold_out
+        )
+        splits.append(dataset)
+    train_set, val_set = splits
+    if flags.cache:
+        data.cache_decoded(train_set, flags.cache)
+        data.cache_decoded(val_set, flags.cache)
+    print(
+        f"{len(train_set)} training and {len(val_set)} validation images, "
+        f"{len(train_set.classes)} classes"
+    )
+    shown = []
+    for name, value in flags.recorded.items():
+        if value not in (None, [], False):
+            shown.append(f"{name} {value}")
+    print("  ".join(shown), flush=True)
+    return train_set, val_set
+
+
+def build_config(dataset: data.SegmentationDataset, flags: TrainingFlags, members: int) -> dict:
+    """A checkpoint's `config`: all it takes to rebuild and use the network without a flag."""
+    return {
+        "backbone": flags.backbone,
+        "classes": dataset.classes,
+        "palette": [list(colour) for colour in dataset.palette],
+        "dataset": flags.dataset,
+        "hold_out": list(flags.hold_out),
+        "image_size": list(flags.image_size) if flags.image_size else None,
+        "normalisation": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
+        "measures": [],
+        "members": members,
+    }
+
+
+def build_network(
+    flags: TrainingFlags, seed: int, num_classes: int, measures: tuple[str, ...] = ()
+) -> DeepLabV3:
+    """A network on its device, initialised from `seed`, which also seeds its dropout."""
+    torch.manual_seed(seed)
+    model = DeepLabV3(flags.backbone, num_classes, measures)
+    print(load_weights(model, flags.weights, flags.backbone), flush=True)
+    if not is_first_process():  # the same weights in all of a group, but other dropout
+        torch.manual_seed(seed + get_rank())
+    # measured: channels_last is the faster layout on a GPU, the slower one on a CPU
+    layout = torch.contiguous_format
+    if flags.device.type == "cuda":
+        layout = torch.channels_last
+    return model.to(flags.device, memory_format=layout)
+
+
+def build_loaders(
+    flags: TrainingFlags,
+    views: data.TrainingViews | data.PairedViews,
+    val_set: data.SegmentationDataset,
+) -> tuple[DataLoader, DataLoader]:
+    """The training and the validation loader of one network."""
+    if len(views) < flags.batch_size:
+        print(
+            f"{len(views)} training images are less than a batch of {flags.batch_size}: one batch "
+            "of all of them"
+        )
+    rank = get_rank()
+    world = get_world_size()
+    train_loader = data.training_loader(
+        views, flags.batch_size, flags.workers, flags.device, rank, world
+    )
+    val_loader = data.evaluation_loader(
+        val_set, flags.batch_size, flags.workers, flags.device, rank, world
+    )
+    return train_loader, val_loader
+
+
+def save_checkpoint(
+    path: Path, weights: dict[str, Tensor], entry: dict, config: dict, recorded: dict
+) -> None:
+    """Write a finished network, and remove what lay beside it until now."""
+    checkpoint = {
+        "model": weights,
+        "config": config,
+        "args": recorded,
+        "versions": versions(),
+        "metrics": {name: entry[name] for name in ("miou", "pixel_accuracy", "loss")},
+    }
+    write_by_first_process(path, checkpoint)
+    if is_first_process():
+        remove_files(path, UNFINISHED)
+
+
+def train_member(
+    member: int,
+    path: Path,
+    members: int,
+    train_set: data.SegmentationDataset,
+    val_set: data.SegmentationDataset,
+    flags: TrainingFlags,
+) -> None:
+    """Train member `member` of `members` and write it to `path`, unless it is there already."""
+    with locked(path):
+        refuse_other_command(path, flags.recorded)
+        if path.exists():
+            report_finished(path)
+            return
+        stream = random_stream(flags.seed, "member", member)
+        model = build_network(flags, stream.torch_seed, len(train_set.classes))
+        optimizer = build_optimizer(model, flags.lr, flags.head_lr_mult, flags.weight_decay)
+        views = data.TrainingViews(train_set, flags.crop_size, flags.scale, stream.view_seeds)
+        train_loader, val_loader = build_loaders(flags, views, val_set)
+        validation = functools.partial(
+            validate, loader=val_loader, device=flags.device, amp=flags.amp
+        )
+        weights, entry = fit(
+            model, optimizer, segmentation_loss, train_loader, validation, flags, path
+        )
+        config = build_config(train_set, flags, members)
+        save_checkpoint(path, weights, entry, config, flags.recorded)
+
+
+def train_members(train: Callable[[int, Path], None], paths: dict[int, Path]) -> None:
+    """train(member, path) for one member after the other."""
     for member, path in paths.items():
-        with locked(path):
-            if is_finished(path, args):
-                continue
-            key = stream(args.seed, "member", member)
-            model = build(args, key, len(train_set.classes))
-            config = describe(train_set, args, args.members)
-            views = data.TrainingViews(train_set, args.crop_size, args.scale, key[1:])
-            train_loader, val_loader = loaders(args, views, val_set)
-            validation = functools.partial(validate, loader=val_loader, amp=args.amp,
-                                           device=torch.device(args.device))  # fmt: skip
-            fit(model, segmentation_loss, train_loader, validation, args, path, config)
+        train(member, path)
 
 
-def train_in_processes(args: argparse.Namespace, paths: dict[int, Path], *splits) -> None:
-    """`train_members` in `--parallel` processes with an equal share of the threads each: the small
-    convolutions of one member do not keep several cores busy. Signals are passed on."""
+def train_in_processes(
+    train: Callable[[int, Path], None], paths: dict[int, Path], processes: int
+) -> None:
+    """`train_members` in several processes with an equal share of the threads each.
+
+    The small convolutions of one member do not keep several cores busy. Signals are passed
+    on. Raises SystemExit with the exit code of the first process that failed.
+    """
     context = torch.multiprocessing.get_context("spawn")
-    shares = [dict(list(paths.items())[k :: args.parallel]) for k in range(args.parallel)]
-    children = [context.Process(target=child, args=(args, s, *splits)) for s in shares if s]
+    threads = max(1, torch.get_num_threads() // processes)
+    members = list(paths)
+    children = []
+    for number in range(processes):
+        share = {member: paths[member] for member in members[number::processes]}
+        if share:
+            arguments = (train, share, threads)
+            children.append(context.Process(target=child_process, args=arguments))
 
     def pass_on(number: int, frame) -> None:
         for process in children:
@@ -603,54 +983,112 @@ def train_in_processes(args: argparse.Namespace, paths: dict[int, Path], *splits
     with signals_to(pass_on):
         for process in children:
             process.join()
-    if failed := [process.exitcode for process in children if process.exitcode]:
-        raise SystemExit(failed[0] if failed[0] > 0 else 128 - failed[0])
+    for process in children:
+        if process.exitcode > 0:
+            raise SystemExit(process.exitcode)
+        if process.exitcode < 0:  # killed by that signal
+            raise SystemExit(128 - process.exitcode)
 
 
-def child(args: argparse.Namespace, paths: dict[int, Path], *splits) -> None:
+def child_process(train: Callable[[int, Path], None], paths: dict[int, Path], threads: int) -> None:
     """A process of `train_in_processes`. It hears signals from its parent and ends with it."""
     os.setsid()
-    parent = torch.multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    torch.set_num_threads(max(1, torch.get_num_threads() // args.parallel))
-    sys.exit(run(lambda _: train_members(args, paths, *splits), Parser(), []))
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    sys.exit(exit_code_of(train_members, train, paths))
+
+
+def end_with_parent() -> None:
+    """Wait for the parent process to end, however that happens, then end this one."""
+    torch.multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+# ------------------------------------------------------------------------------------- command line
 
 
 def main(args: argparse.Namespace) -> None:
     # ---------------------------------------------------------------- what will be done
-    if args.members < 1:
-        raise UsageError(f"--members {args.members}: has to be at least 1")
-    ids = list(range(args.members)) if args.member_ids is None else sorted({*args.member_ids})
-    if wrong := [i for i in ids if not 0 <= i < args.members]:
-        raise UsageError(f"--member-ids {wrong[0]}: the {args.members} members of this run are "
-                         f"0..{args.members - 1}")  # fmt: skip
-    resolve(args, RECIPES[args.dataset])
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.parallel is None:  # by the command alone: a restart has the same threads, so same bits
+    member_ids = choose_members(args.members, args.member_ids)
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    resolved = resolve_flags(vars(args), RECIPES[args.dataset])
+    if resolved["parallel"] is None:
+        # by the command alone: a restart has the same threads, so the same bits
         several = args.members > 1 and torch.get_num_threads() > 1 and world == 1
-        args.parallel = 2 if several and args.device == "cpu" else 1
-    if args.parallel < 1:
-        raise UsageError(f"--parallel {args.parallel}: has to be at least 1")
-    train_set, val_set = open_splits(args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    # torchrun's processes get every so many members each, and do not speak to each other
-    paths = {member: args.out / f"member_{member:02d}.pt" for member in ids[rank::world]}
-    if args.overwrite:  # all of them now: what is there later on is of this run
-        others = [path for path in args.out.glob("member_[0-9]*.pt")
-                  if rank == 0 and int(path.stem.split("_")[1]) >= args.members]  # fmt: skip
-        for path in [*paths.values(), *others]:
-            with locked(path):
-                remove(path, (".pt", ".jsonl", *UNFINISHED))
+        resolved["parallel"] = 2 if several and resolved["device"] == "cpu" else 1
+    flags = select_training_flags(resolved)
 
-    # ---------------------------------------------------------------- members
-    side_by_side = train_in_processes if args.parallel > 1 else train_members
-    side_by_side(args, paths, train_set, val_set)
-    draw_curves(args.out)
-    print(f"{len(paths)} members in {args.out}; next: python distill.py --teacher {args.out}")
+    # Under torchrun, process `rank` of `world` trains every `world`-th member. Members need no
+    # communication, so no process group is opened.
+    paths = {member: member_path(args.out, member) for member in member_ids[rank::world]}
+    with silence(rank > 0):
+        train_set, val_set = open_splits(flags)
+        args.out.mkdir(parents=True, exist_ok=True)
+        if args.overwrite:
+            # all of them now: what is there later on is of this run
+            surplus = surplus_members(args.out, args.members) if rank == 0 else []
+            for path in [*paths.values(), *surplus]:
+                with locked(path):
+                    remove_files(path, (".pt", ".jsonl", *UNFINISHED))
+
+        # ------------------------------------------------------------ members
+        train = functools.partial(
+            train_member, members=args.members, train_set=train_set, val_set=val_set, flags=flags
+        )
+        if resolved["parallel"] > 1:
+            train_in_processes(train, paths, resolved["parallel"])
+        else:
+            train_members(train, paths)
+
+        # ------------------------------------------------------------ what is there now
+        present = find_members(args.out)
+        if world == 1 or len(present) >= args.members:  # of several processes, the last to finish
+            draw_curves(args.out)
+        print(f"{len(present)} members in {args.out}; next: python distill.py --teacher {args.out}")
+        surplus = surplus_members(args.out, args.members)
+        if surplus:
+            print(
+                f"note: {len(surplus)} of them are of an earlier, larger run than --members "
+                f"{args.members}, and the folder is loaded as a whole; name the files to use fewer"
+            )
+
+
+def choose_members(members: int, member_ids: list[int] | None) -> list[int]:
+    """The members that this command trains, in order; UsageError at one that the run lacks."""
+    if member_ids is None:
+        return list(range(members))
+    for member in member_ids:
+        if not 0 <= member < members:
+            raise UsageError(
+                f"--member-ids {member}: the {members} members of this run are 0..{members - 1}"
+            )
+    return sorted(set(member_ids))
+
+
+def surplus_members(folder: Path, members: int) -> list[Path]:
+    """Checkpoints in the folder of members beyond the first `members`."""
+    surplus = []
+    for path in find_members(folder):
+        number = int(path.stem.removeprefix("member_"))
+        if number >= members:
+            surplus.append(path)
+    return surplus
 
 
 def integers(text: str) -> list[int]:
+    """An argparse type: "3,4" is [3, 4]."""
     return [int(part) for part in text.split(",")]
+
+
+def batch_size(text: str) -> int:
+    """An argparse type: a whole number from 2 on."""
+    images = int(text)
+    if images < 2:
+        raise argparse.ArgumentTypeError(
+            f"{images}: batch norm needs at least 2 images; use --accumulate to save memory"
+        )
+    return images
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -658,37 +1096,103 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("data").add_argument
     flag("--data", type=Path, metavar="DIR", help="folder of the data set, as published")
     flag("--split", default="train", help="training split; voc also has trainaug (default: train)")
-    flag("--image-size", type=int, nargs=2, metavar=("H", "W"),
-         help="pixels of the network's input, images are resized to it (default: as they are)")
-    flag("--crop-size", type=int, nargs=2, metavar=("H", "W"),
-         help="pixels of a training view; much smaller than the network's input, it leaves taps of "
-              "the dilated convolutions untrained which the whole image uses, at a cost in mIoU")
-    flag("--scale", type=float, nargs=2, metavar=("LO", "HI"),
-         help="a view is resized by a factor, half of the draws in [LO, 1], half in [1, HI]")
-    flag("--cache", type=Path, metavar="DIR", help="keep decoded images there, 4 bytes a pixel, "
-         "which load several times faster")
-    flag("--workers", type=int, help="processes that load (default: 0 on a CPU, else up to 8)")
+    flag(
+        "--image-size",
+        type=positive(int),
+        nargs=2,
+        metavar=("H", "W"),
+        help="pixels of the network's input, images are resized to it (default: as they are)",
+    )
+    flag(
+        "--crop-size",
+        type=positive(int),
+        nargs=2,
+        metavar=("H", "W"),
+        help="pixels of a training view; much smaller than the network's input, it leaves taps of "
+        "the dilated convolutions untrained which the whole image uses, at a cost in mIoU",
+    )
+    flag(
+        "--scale",
+        type=float,
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="a view is resized by a factor, half of the draws in [LO, 1], half in [1, HI]",
+    )
+    flag(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep decoded images there, 4 bytes a pixel, which load several times faster",
+    )
+    flag(
+        "--workers",
+        type=non_negative(int),
+        help="processes that load (default: 0 on a CPU, else up to 8)",
+    )
+
     flag = parser.add_argument_group("network").add_argument
     flag("--weights", help="imagenet (downloaded), none, or a state-dict file for the backbone")
+
     flag = parser.add_argument_group("optimisation").add_argument
-    flag("--epochs", type=int, help="passes over the training split")
-    flag("--batch-size", type=int, help="images a batch, at least 2; the memory grows with it")
-    flag("--accumulate", type=int, default=1, metavar="N", help="batches a step (batch norm: one)")
-    flag("--lr", type=float, help="base learning rate of the backbone")
-    flag("--head-lr-mult", type=float, help="the heads learn at this multiple of --lr")
-    flag("--weight-decay", type=float, help="L2 penalty on all weights")
-    flag("--warmup", type=int, help="steps over which the learning rate rises to its base")
-    flag("--seed", type=int, default=0, help="seeds 0, 1, 2 share no member, no batch (default: 0)")
-    flag("--select", choices=("last", "best"), default="last",
-         help="weights to keep: the last epoch's, or those of the best val mIoU (default: last)")
+    flag("--epochs", type=positive(int), help="passes over the training split")
+    flag(
+        "--batch-size",
+        type=batch_size,
+        help="images per batch, at least 2; the memory grows with it",
+    )
+    flag(
+        "--accumulate",
+        type=positive(int),
+        default=1,
+        metavar="N",
+        help="batches per step; batch norm sees one at a time (default: 1)",
+    )
+    flag("--lr", type=positive(float), help="base learning rate of the backbone")
+    flag(
+        "--head-lr-mult",
+        type=positive(float),
+        help="the heads learn at this multiple of --lr",
+    )
+    flag("--weight-decay", type=non_negative(float), help="L2 penalty on all weights")
+    flag(
+        "--warmup",
+        type=non_negative(int),
+        help="steps over which the learning rate rises to its base",
+    )
+    flag(
+        "--seed",
+        type=non_negative(int),
+        default=0,
+        help="seeds 0, 1, 2 share no member, no batch (default: 0)",
+    )
+    flag(
+        "--select",
+        choices=("last", "best"),
+        default="last",
+        help="weights to keep: the last epoch's, or those of the best val mIoU (default: last)",
+    )
+
     flag = parser.add_argument_group("machine").add_argument
     flag("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if any)")
-    flag("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-         help="arithmetic of the network (default: bf16 where the processor has it, else float32)")
-    flag("--compile", action=argparse.BooleanOptionalAction, default=None,
-         help="torch.compile: a minute once, then faster steps (default: on a GPU)")
-    flag("--save-every", type=float, default=5, metavar="MINUTES",
-         help="how much of a running epoch a crash may lose (default: 5)")
+    flag(
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        default="auto",
+        help="arithmetic of the network (default: bf16 where the processor has it, else float32)",
+    )
+    flag(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="torch.compile: a minute once, then faster steps (default: on a GPU)",
+    )
+    flag(
+        "--save-every",
+        type=positive(float),
+        default=5,
+        metavar="MINUTES",
+        help="how much of a running epoch a crash may lose (default: 5)",
+    )
     flag("--overwrite", action="store_true", help="start anew where a run is begun or finished")
 
 
@@ -696,19 +1200,39 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line: what is trained, then what members and student share."""
     parser = Parser(prog="train_ensemble.py", description=__doc__.splitlines()[0])
     flag = parser.add_argument_group("what to train").add_argument
-    flag("--dataset", choices=data.DATASETS, default="synthetic",
-         help="synthetic needs no files (default: synthetic)")
-    flag("--members", type=int, default=10, metavar="N", help="size of the ensemble (default: 10)")
+    flag(
+        "--dataset",
+        choices=data.DATASETS,
+        default="synthetic",
+        help="synthetic needs no files (default: synthetic)",
+    )
+    flag(
+        "--members",
+        type=positive(int),
+        default=10,
+        metavar="N",
+        help="size of the ensemble (default: 10)",
+    )
     flag("--member-ids", type=integers, metavar="3,4", help="train only these of the N members")
     flag("--backbone", choices=BACKBONES, help="encoder (default: as the data set's recipe has it)")
-    flag("--hold-out", nargs="+", default=[], metavar="CLASS",
-         help="classes to take out of the network; evaluate.py --ood held-out scores their pixels")
+    flag(
+        "--hold-out",
+        nargs="+",
+        default=[],
+        metavar="CLASS",
+        help="classes to take out of the network; evaluate.py --ood held-out scores their pixels",
+    )
     flag("--out", type=Path, default=Path("ckpts"), metavar="DIR", help="folder of the checkpoints")
-    flag("--parallel", type=int, metavar="N", help="members trained at once, in processes that "
-         "share the threads (default: 2 on a CPU, 1 on a GPU)")
+    flag(
+        "--parallel",
+        type=positive(int),
+        metavar="N",
+        help="members trained at once, in processes that share the threads (default: 2 on a CPU, "
+        "1 on a GPU)",
+    )
     add_training_flags(parser)
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, get_args_parser()))
+    sys.exit(run_main(main, get_args_parser()))

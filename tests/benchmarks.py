@@ -1,8 +1,13 @@
-"""Benchmarks: python tests/benchmarks.py [loader teacher distill inference train metrics]
+"""Benchmarks: what the project costs, beside the published way to do the same.
 
-Not collected by pytest. Each section prints a table; without a name all of them run. Project and
-published way run in one process and take turns; times are medians. Figures hold for one machine
-and its state: compare only what one run prints.
+    python tests/benchmarks.py                    # all sections
+    python tests/benchmarks.py loader metrics     # some of them
+
+Outline, a section each: loader, teacher, distill, inference, train, metrics.
+
+Not collected by pytest. Each section prints a table. Project and published way run in one process
+and take turns; times are medians. Figures hold for one machine and its state: compare only what one
+run prints.
 """
 
 import argparse
@@ -10,28 +15,40 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
+from torchvision.datasets import Cityscapes
+from torchvision.models.segmentation import deeplabv3_resnet101
 from torchvision.transforms.functional import to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import distill
 import evaluate
-import metrics as m
+import metrics
 import train_ensemble
-from model import MAX_STD, DeepLabV3, Ensemble, predictive_statistics, upsample
+from model import (
+    DeepLabV3,
+    Ensemble,
+    autocast,
+    choose_amp,
+    predictive_statistics,
+    upsample,
+)
 
 # ------------------------------------------------------------------ measuring
 
 
-def seconds(function, device: torch.device, repeats: int = 1, warmup: int = 0) -> float:
+def seconds(function: Callable, device: torch.device, repeats: int = 1, warmup: int = 0) -> float:
     """Mean wall-clock seconds of a call, the device's work included."""
     for _ in range(warmup):
         function()
@@ -45,461 +62,656 @@ def seconds(function, device: torch.device, repeats: int = 1, warmup: int = 0) -
     return (time.perf_counter() - start) / repeats
 
 
-def run_once(candidates: dict, device: torch.device) -> tuple[dict, dict]:
+def run_once(candidates: dict[str, Callable], device: torch.device) -> tuple[dict, dict]:
     """What each candidate returns, and the megabytes by which the memory grew meanwhile."""
-    results, memory = {}, {}
+    results = {}
+    memory = {}
     for name, function in candidates.items():
         with evaluate.peak_memory(device) as peak:
             results[name] = function()
-        memory[name] = peak[0]
+        memory[name] = peak.megabytes
     return results, memory
 
 
-def take_turns(candidates: dict, device: torch.device, turns: int) -> dict[str, list[float]]:
+def take_turns(
+    candidates: dict[str, Callable], device: torch.device, turns: int
+) -> dict[str, list[float]]:
     """Seconds of each of `turns` calls of every candidate, after one call to warm up."""
     spent = {name: [] for name in candidates}
     for turn in range(turns + 1):
         for name, function in candidates.items():
-            once = seconds(function, device)
-            if turn:
-                spent[name].append(once)
+            duration = seconds(function, device)
+            if turn > 0:
+                spent[name].append(duration)
     return spent
 
 
-def print_comparison(title, spent, reference, memory=None, agrees="") -> None:
-    """Medians, the ratio to the candidate `reference`, spread, and peak memory."""
+def print_comparison(
+    title: str, spent: dict[str, list[float]], memory: dict[str, float], note: str
+) -> None:
+    """Median and spread of the times, the ratio to the published way, and peak memory."""
+    published = statistics.median(spent["published"])
     rows = []
     for name, times in spent.items():
         median = statistics.median(times)
-        ratio = statistics.median(spent[reference]) / median
         spread = f"{1000 * min(times):,.1f}-{1000 * max(times):,.1f}"
-        held = [memory.get(name, "")] if memory else []
-        rows.append([name, 1000 * median, spread, f"{ratio:.2f}x", *held])
-    header = ["", "ms", f"of {len(times)}", "faster"] + (["peak MB"] if memory else [])
-    print_table(title, header, rows)
-    if agrees:
-        print(agrees)
+        faster = f"{published / median:.2f}x"
+        peak = memory.get(name, "")  # not every candidate's memory is measured
+        rows.append([name, 1000 * median, spread, faster, peak])
+    turns = len(spent["published"])
+    print_table(title, ["", "ms", f"of {turns}", "faster", "peak MB"], rows)
+    print(note)
 
 
 def print_table(title: str, header: list[str], rows: list[list]) -> None:
-    """First column to the left, the others to the right."""
-    cells = [header] + [[x if isinstance(x, str) else f"{x:,.2f}" for x in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    """First column to the left, the others to the right; numbers with two digits."""
+    cells = [header]
+    for row in rows:
+        cells.append([x if isinstance(x, str) else f"{x:,.2f}" for x in row])
+    widths = []
+    for column in range(len(header)):
+        widths.append(max(len(row[column]) for row in cells))
     print(f"\n{title}")
     for row in cells:
-        rest = "".join(f"  {x:>{w}}" for x, w in zip(row[1:], widths[1:], strict=True))
-        print(f"{row[0]:<{widths[0]}}{rest}", flush=True)
+        line = f"{row[0]:<{widths[0]}}"
+        for cell, width in zip(row[1:], widths[1:], strict=True):
+            line += f"  {cell:>{width}}"
+        print(line, flush=True)
 
 
 # ------------------------------------------------------------------ loader
+
+# The raw values of the 19 classes, by label.
+CITYSCAPES_CLASSES = [c for c in Cityscapes.classes if 0 <= c.train_id < 19]
+CITYSCAPES_IDS = [c.id for c in sorted(CITYSCAPES_CLASSES, key=lambda c: c.train_id)]
+FRAMES = 16
+CROP = 768
 
 
 def write_cityscapes(root: Path, count: int) -> None:
     """Frames of 1024 x 2048 in the publisher's layout, as smooth and as noisy as photographs."""
     rng = np.random.default_rng(0)
     for number in range(count):
-        stem = f"train/city/city_{number:06d}_000000"
-        smooth = Image.fromarray(rng.integers(0, 256, (16, 32, 3)).astype(np.uint8))
-        pixels = np.asarray(smooth.resize((2048, 1024), Image.Resampling.BICUBIC)).astype(int)
+        coarse = Image.fromarray(rng.integers(0, 256, (16, 32, 3)).astype(np.uint8))
+        smooth = coarse.resize((2048, 1024), Image.Resampling.BICUBIC)
+        pixels = np.asarray(smooth).astype(int)
         pixels = (pixels + rng.normal(0, 2, pixels.shape)).clip(0, 255).astype(np.uint8)
-        ids = np.kron(rng.integers(0, 34, (16, 32)), np.ones((64, 64), int)).astype(np.uint8)
-        for place, content in ((f"leftImg8bit/{stem}_leftImg8bit.png", pixels),
-                               (f"gtFine/{stem}_gtFine_labelIds.png", ids)):  # fmt: skip
-            (root / place).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(content).save(root / place)
+        blocks = rng.integers(0, 34, (16, 32))
+        ids = np.kron(blocks, np.ones((64, 64), int)).astype(np.uint8)
+
+        stem = f"train/city/city_{number:06d}_000000"
+        image_path = root / f"leftImg8bit/{stem}_leftImg8bit.png"
+        mask_path = root / f"gtFine/{stem}_gtFine_labelIds.png"
+        image_path.parent.mkdir(parents=True, exist_ok=True)
+        mask_path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(image_path)
+        Image.fromarray(ids).save(mask_path)
 
 
-def published_sample(image: Path, mask: Path, rng, crop: int):
-    """As the paper's public loader does it: floats first, every label of the table in turn, the
-    whole frame resized, padded on both sides, flipped, cropped last."""
+def published_sample(
+    image: Path, mask: Path, rng: np.random.Generator, crop: int
+) -> tuple[Tensor, Tensor]:
+    """A training sample as the paper's public loader makes it.
+
+    Floats first, every label of the table in turn, the whole frame resized, padded on both sides,
+    flipped, cropped last.
+    """
     pixels = to_tensor(Image.open(image))
     labels = np.array(Image.open(mask))
-    for raw in (*(i for i in range(34) if i not in data.CITYSCAPES_IDS), -1):
+    ignored = [raw for raw in range(34) if raw not in CITYSCAPES_IDS]
+    for raw in [*ignored, -1]:
         labels[labels == raw] = 255
-    for label, raw in enumerate(data.CITYSCAPES_IDS):
+    for label, raw in enumerate(CITYSCAPES_IDS):
         labels[labels == raw] = label
     labels = torch.tensor(labels, dtype=torch.long)
+
     scale = rng.uniform(0.5, 1) if rng.random() < 0.5 else rng.uniform(1, 2)
-    size = [int(scale * side) for side in labels.shape]
+    height = int(scale * labels.shape[0])
+    width = int(scale * labels.shape[1])
+    size = [height, width]
     pixels = F.interpolate(pixels[None], size, mode="bilinear", align_corners=False)[0]
     labels = F.interpolate(labels[None, None].float(), size, mode="nearest")[0].long()
-    rows, columns = (max(0, crop - side) for side in size)
-    border = columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
-    pixels, labels = F.pad(pixels, border), F.pad(labels, border, value=255)
+
+    rows = max(0, crop - height)
+    columns = max(0, crop - width)
+    border = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+    pixels = F.pad(pixels, border)
+    labels = F.pad(labels, border, value=255)
+
     if rng.random() < 0.5:
-        pixels, labels = pixels.flip(-1), labels.flip(-1)
-    top, left = (int(rng.integers(side - crop + 1)) for side in labels.shape[1:])
-    place = slice(top, top + crop), slice(left, left + crop)
-    return pixels[:, *place], labels[:, *place]
+        pixels = pixels.flip(-1)
+        labels = labels.flip(-1)
+    top = int(rng.integers(labels.shape[1] - crop + 1))
+    left = int(rng.integers(labels.shape[2] - crop + 1))
+    rows = slice(top, top + crop)
+    columns = slice(left, left + crop)
+    return pixels[:, rows, columns], labels[:, rows, columns]
+
+
+def equal_samples(first: data.Sample, second: data.Sample) -> bool:
+    """Whether all fields of two training samples are the same."""
+    for a, b in zip(first, second, strict=True):
+        if not torch.equal(torch.as_tensor(a), torch.as_tensor(b)):
+            return False
+    return True
 
 
 def bench_loader(args: argparse.Namespace) -> None:
     """A training sample of 768 x 768 from PNG frames of 1024 x 2048, by one thread, as in a process
-    of a DataLoader. The mean of an epoch with equal scales: the published way's time goes with
-    their square."""
-    count, crop, stream, threads = 16, 768, [1, 2, 3], torch.get_num_threads()
+    of a DataLoader.
+
+    The mean of an epoch with equal scales: the published way's time goes with their square.
+    """
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    stream = [1, 2, 3]
     with tempfile.TemporaryDirectory() as folder:
-        write_cityscapes(Path(folder), count)
-        plain, cached = (data.open_dataset("cityscapes", Path(folder), "train") for _ in range(2))
-        data.keep_decoded(cached, Path(folder, "cache"))
+        root = Path(folder)
+        write_cityscapes(root, FRAMES)
+        plain = data.open_dataset("cityscapes", root, "train")
+        cached = data.open_dataset("cityscapes", root, "train")
+        data.cache_decoded(cached, root / "cache")
 
-        def published(key: tuple[int, int]):
-            files, rng = plain.images[key[1]], np.random.default_rng([*stream, 0, *key])
-            return published_sample(files, plain.masks[key[1]], rng, crop)
+        def published(key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+            epoch, index = key
+            rng = np.random.default_rng([*stream, 0, epoch, index])
+            return published_sample(plain.images[index], plain.masks[index], rng, CROP)
 
-        ways = {"published": published}
-        for name, dataset in {"from files": plain, "from --cache": cached}.items():
-            ways[name] = data.TrainingViews(dataset, (crop, crop), (0.5, 2), stream).__getitem__
-        spent, agree = {name: [] for name in ways}, True
+        scale = (0.5, 2)
+        ways = {
+            "published": published,
+            "from files": data.TrainingViews(plain, (CROP, CROP), scale, stream).__getitem__,
+            "from --cache": data.TrainingViews(cached, (CROP, CROP), scale, stream).__getitem__,
+        }
+        spent = {name: [] for name in ways}
+        agree = True
         for epoch in range(9):
             times = dict.fromkeys(ways, 0.0)
-            for index in range(count):
+            for index in range(FRAMES):
                 samples = {}
                 for name, way in ways.items():
-                    begin = time.perf_counter()
+                    start = time.perf_counter()
                     samples[name] = way((epoch, index))
-                    times[name] += (time.perf_counter() - begin) / count
-                pairs = zip(samples["from files"], samples["from --cache"], strict=True)
-                agree &= all(torch.equal(*map(torch.as_tensor, pair)) for pair in pairs)
-            for name in ways if epoch else ():  # the first one warms up
-                spent[name].append(times[name])
-        _, memory = run_once({name: lambda way=way: way((0, 0)) for name, way in ways.items()},
-                             torch.device("cpu"))  # fmt: skip
+                    times[name] += (time.perf_counter() - start) / FRAMES
+                agree &= equal_samples(samples["from files"], samples["from --cache"])
+            if epoch > 0:  # the first one warms up
+                for name in ways:
+                    spent[name].append(times[name])
+
+        first_samples = {name: partial(way, (0, 0)) for name, way in ways.items()}
+        _, memory = run_once(first_samples, torch.device("cpu"))
     torch.set_num_threads(threads)
-    print_comparison("loader: a sample of 768 x 768 from PNG of 1024 x 2048, one thread",
-                     spent, "published", memory,
-                     f"samples from files and from --cache are equal: {agree}")  # fmt: skip
+    print_comparison(
+        "loader: a sample of 768 x 768 from PNG of 1024 x 2048, one thread",
+        spent,
+        memory,
+        f"samples from files and from --cache are equal: {agree}",
+    )
 
 
 # ------------------------------------------------------------------ teacher
 
 
-def published_statistics(logits: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def published_statistics(logits: list[Tensor]) -> tuple[Tensor, Tensor]:
     """All members stacked, softmax twice, the predicted class's std picked class by class."""
     stacked = torch.stack(logits)  # [M, B, C, H, W]
     probs = stacked.softmax(dim=2).mean(dim=0)
     std = stacked.softmax(dim=2).std(dim=0)
-    prediction, u = probs.argmax(dim=1), torch.zeros_like(probs[:, 0])
+    prediction = probs.argmax(dim=1)
+    uncertainty = torch.zeros_like(probs[:, 0])
     for c in range(probs.shape[1]):
-        u = torch.where(prediction == c, std[:, c], u)
-    return probs, u
+        uncertainty = torch.where(prediction == c, std[:, c], uncertainty)
+    return probs, uncertainty
 
 
 def bench_teacher(args: argparse.Namespace) -> None:
     """Mean and predictive uncertainty of 10 members' logits, one crop of 768 x 768, 19 classes."""
     device = torch.device(args.device)
     generator = torch.Generator(device).manual_seed(0)
-    logits = [4 * torch.randn(1, 19, 768, 768, device=device, generator=generator)
-              for _ in range(10)]  # fmt: skip
-    ways = {"published": lambda: published_statistics(logits),
-            "project": lambda: predictive_statistics(iter(logits))}  # fmt: skip
+    logits = []
+    for _ in range(10):
+        noise = torch.randn(1, 19, 768, 768, device=device, generator=generator)
+        logits.append(4 * noise)
+    ways = {
+        "published": lambda: published_statistics(logits),
+        "project": lambda: predictive_statistics(iter(logits)),
+    }
     spent = take_turns(ways, device, 5)
     results, memory = run_once(ways, device)
-    (probs, u), (mean, std, _) = results.values()
-    same = probs.argmax(dim=1) == mean.argmax(dim=1)  # but for rounding, where two classes tie
-    difference = max((probs - mean).abs().max().item(), (u - std)[same].abs().max().item())
+
+    published_probs, published_std = results["published"]
+    project = results["project"]
+    # Where two classes tie, rounding decides which one is predicted, and so whose std it is.
+    same_class = published_probs.argmax(dim=1) == project.probs.argmax(dim=1)
+    probs_difference = (published_probs - project.probs).abs().max().item()
+    std_difference = (published_std - project.std)[same_class].abs().max().item()
+    difference = max(probs_difference, std_difference)
+    ties = int((~same_class).sum())
     share = memory["project"] / memory["published"]
-    print_comparison("teacher: statistics of 10 members, 768 x 768, 19 classes", spent, "published",
-                     memory, f"peak memory above the inputs {share:.2f} of the published way's; "
-                     f"largest difference {difference:.1e}, {int((~same).sum())} ties apart")
+    print_comparison(
+        "teacher: statistics of 10 members, 768 x 768, 19 classes",
+        spent,
+        memory,
+        f"peak memory above the inputs {share:.2f} of the published way's; "
+        f"largest difference {difference:.1e}, {ties} ties apart",
+    )
 
 
 # ------------------------------------------------------------------ distill
 
 
 class Distillation:
-    """A student of 10 resnet18 members on 64 images of 120 x 160 and 16 to validate on."""
+    """A student of 10 resnet18 members on 64 images of 120 x 160, and 16 to validate on.
+
+    views: as --views; with 0 no target is kept. folder: for the targets that are.
+    """
+
+    SIZE = (120, 160)
+    TRAIN_IMAGES = 64
+    VAL_IMAGES = 16
 
     def __init__(self, views: int, folder: Path, device: torch.device):
         torch.manual_seed(0)
-        self.device, self.epoch = device, 0
+        self.device = device
+        self.epoch = 0
         members = [DeepLabV3("resnet18", 11) for _ in range(10)]
         self.teacher = Ensemble(members).to(device)
         self.student = DeepLabV3("resnet18", 11, ("std",)).to(device)
-        self.scenes = data.SyntheticScenes("train", (120, 160))
-        self.scenes.names = self.scenes.names[:64]
-        self.val = data.SyntheticScenes("val", (120, 160))
-        self.val.names = self.val.names[:16]
-        sampled = data.TrainingViews(self.scenes, (120, 160), (0.5, 2.0), [1, 2, 3], views)
+
+        train_set = data.open_dataset("synthetic", None, "train", self.SIZE)
+        train_set.names = train_set.names[: self.TRAIN_IMAGES]
+        val_set = data.open_dataset("synthetic", None, "val", self.SIZE)
+        val_set.names = val_set.names[: self.VAL_IMAGES]
+        sampled = data.TrainingViews(train_set, self.SIZE, (0.5, 2.0), [1, 2, 3], views)
         self.loader = data.training_loader(sampled, 8, 0, device)
-        self.val_loader = data.evaluation_loader(self.val, 8, 0, device)
-        self.args = argparse.Namespace(device=str(device), amp="off", accumulate=1, epochs=40,
-                                       warmup=0, lr=0.05, head_lr_mult=1.0,
-                                       weight_decay=5e-4)  # fmt: skip
-        self.optimizer = train_ensemble.build_optimizer(self.student, self.args)
-        largest = torch.full((1, 1, 1), MAX_STD, device=device)
-        self.maps, self.cache = distill.teacher_maps(self.teacher, ["std"], "off"), None
-        if views:
-            shape, kept = (views, 64, 1, 120, 160), (1, 16, 1, *data.SYNTHETIC_SIZE)
-            self.cache = distill.TargetCache(folder / "train.npy", shape, largest, {})
-            self.kept = distill.TargetCache(folder / "val.npy", kept, largest, {})
+        self.names = train_set.names
+        self.val_loader = data.evaluation_loader(val_set, 8, 0, device)
 
-    def run(self, loss_fn) -> None:
-        self.student.train()
-        self.loader.batch_sampler.epoch = self.epoch
-        at = {"epoch": self.epoch, "batch": 0, "seen": 0, "sums": {}, "recent": []}
-        scaler = torch.amp.GradScaler(self.device.type, enabled=False)
-        for _ in train_ensemble.train_steps(self.student, loss_fn, self.loader, self.optimizer,
-                                            scaler, self.args, at):  # fmt: skip
-            pass
+        # What the loop of train_ensemble.py reads of its flags.
+        self.flags = SimpleNamespace(
+            device=device, amp="off", accumulate=1, epochs=40, warmup=0, lr=0.05, save_every=1000
+        )
+        self.optimizer = train_ensemble.build_optimizer(self.student, 0.05, 1.0, 5e-4)
+
+        self.targets = distill.TeacherTargets(self.teacher, ["std"], with_probs=False, amp="off")
+        if views > 0:
+            largest = torch.full((1, 1, 1), metrics.MAX_STD, device=device)
+            train_shape = (views, self.TRAIN_IMAGES, 1, *self.SIZE)
+            val_shape = (1, self.VAL_IMAGES, 1, *data.SYNTHETIC_SIZE)
+            train_file = folder / "train.npy"
+            val_file = folder / "val.npy"
+            self.targets.train_cache = distill.TargetCache(train_file, train_shape, largest, {})
+            self.targets.val_cache = distill.TargetCache(val_file, val_shape, largest, {})
+
+    def train(self, loss_fn: Callable) -> None:
+        """One epoch of training."""
+        state = train_ensemble.RunState(epoch=self.epoch)
+        run = train_ensemble.Run(
+            path=Path("student.pt"),  # never written: nothing is saved within the epoch
+            model=self.student,
+            wrapped_model=self.student,
+            optimizer=self.optimizer,
+            scaler=torch.amp.GradScaler(self.device.type, enabled=False),
+            state=state,
+            image_names=self.names,
+            signals=[],
+        )
+        num_batches = len(self.loader.batch_sampler)
+        progress = train_ensemble.Progress("student", state, self.flags.epochs, num_batches)
+        train_ensemble.train_one_epoch(run, loss_fn, self.loader, self.flags, progress)
         self.epoch += 1
-
-    def val_target(self, images, size, index) -> torch.Tensor:
-        def compute() -> torch.Tensor:
-            return self.maps(images, size, [0])
-
-        return self.kept.look_up(torch.zeros_like(index), index, compute, size)[:, 0]
 
     def project(self) -> None:
         """An epoch as distill.py runs it."""
-        self.run(distill.distillation_loss(
-            lambda batch: distill.teacher_target(self.maps, batch, self.cache), ["std"], 1.0))
-        evaluate.validate(self.student, self.val_loader, self.device, "off", self.val_target)
+        weights = distill.LossWeights(uncertainty=1.0, probs=0.0)
+        loss_fn = partial(distill.distillation_loss, targets=self.targets, weights=weights)
+        self.train(loss_fn)
+        target = self.targets.for_validation
+        evaluate.validate(self.student, self.val_loader, self.device, "off", target)
 
     @torch.inference_mode()
-    def stacked(self, images: torch.Tensor, size=None) -> torch.Tensor:
+    def published_target(
+        self, images: Tensor, size: tuple[int, int] | None = None, index: Tensor | None = None
+    ) -> Tensor:
+        """The std of a stacked teacher [B, H, W], computed anew; index is not used."""
         logits = [member(images, size).logits for member in self.teacher.members]
         return published_statistics(logits)[1]
 
     def published(self) -> None:
         """An epoch with a stacked teacher online, which also sees every validation image."""
 
-        def loss_fn(network: nn.Module, batch):
-            target = self.stacked(batch.images).clone()
+        def loss_fn(network: nn.Module, batch: data.Sample) -> tuple[Tensor, dict]:
+            target = self.published_target(batch.images).clone()  # out of inference mode
             prediction = network(batch.images)
-            ce = train_ensemble.cross_entropy(prediction.logits, batch.labels)
+            cross_entropy = train_ensemble.cross_entropy(prediction.logits, batch.labels)
             valid = batch.labels != data.IGNORED
-            return ce + distill.rmsle(prediction.uncertainty[:, 0], target, valid), {}
+            rmsle = distill.rmsle(prediction.uncertainty[:, 0], target, valid)
+            return cross_entropy + rmsle, {}
 
-        self.run(loss_fn)
-        evaluate.validate(self.student, self.val_loader, self.device, "off",
-                          lambda images, size, index: self.stacked(images, size))  # fmt: skip
+        self.train(loss_fn)
+        target = self.published_target
+        evaluate.validate(self.student, self.val_loader, self.device, "off", target)
+
+    def steps_off(self) -> float:
+        """The largest difference of kept and published targets of a batch, in steps of 254."""
+        batch = next(iter(self.loader))
+        batch = batch._replace(
+            images=batch.images.to(self.device), labels=batch.labels.to(self.device)
+        )
+        kept = self.targets.for_batch(batch).uncertainty[:, 0]  # [B, H, W]
+        # The teacher sees the view unflipped, and its target is flipped with the view.
+        flip = batch.flip.to(self.device)[:, None, None]
+        unflipped = torch.where(flip[:, None], batch.images.flip(-1), batch.images)
+        online = self.published_target(unflipped)
+        online = torch.where(flip, online.flip(-1), online)
+        difference = (online.sqrt() - kept.sqrt()).abs().max().item()
+        return difference * 254 / metrics.MAX_STD**0.5
 
 
 def bench_distill(args: argparse.Namespace) -> None:
     """Epochs of distillation: the published way, a view that is new, and one whose targets are
-    kept; what they add up to over 40 and 200 epochs at the default --views."""
-    device, views = torch.device(args.device), train_ensemble.RECIPES["camvid"]["views"]
+    kept; what they add up to over 40 and 200 epochs at the default --views.
+    """
+    device = torch.device(args.device)
+    views = train_ensemble.RECIPES["camvid"]["views"]
     with tempfile.TemporaryDirectory() as folder:
         published = Distillation(0, Path(folder), device)
         project = Distillation(views, Path(folder), device)
         spent = {"published": [], "new view": [], "kept targets": []}
         for turn in range(4):
-            once = seconds(published.published, device)
+            published_time = seconds(published.published, device)
             project.epoch = turn  # a view that was not met yet
-            fresh = seconds(project.project, device)
-            project.epoch = views + turn  # and again
-            kept = seconds(project.project, device)
-            if turn:
-                for name, value in zip(spent, (once, fresh, kept), strict=True):
-                    spent[name].append(value)
+            new_time = seconds(project.project, device)
+            project.epoch = views + turn  # the same view, which was now met
+            kept_time = seconds(project.project, device)
+            if turn == 0:
+                # With the one pass of the teacher over the validation images.
+                first_time = new_time
             else:
-                first = fresh  # with the one pass of the teacher over the validation images
-        batch = next(iter(project.loader))
-        with torch.inference_mode():
-            online = project.stacked(torch.where(batch.flip[:, None, None, None],
-                                                 batch.images.flip(-1), batch.images).to(device))
-        kept = distill.teacher_target(project.maps, batch, project.cache)[:, 0]
-        online = torch.where(batch.flip[:, None, None].to(device), online.flip(-1), online)
-        steps = (online.sqrt() - kept.sqrt()).abs().max().item() * 254 / MAX_STD**0.5
+                spent["published"].append(published_time)
+                spent["new view"].append(new_time)
+                spent["kept targets"].append(kept_time)
+        steps = project.steps_off()
         project.epoch = views
-        _, memory = run_once({"published": published.published, "kept targets": project.project},
-                             device)  # fmt: skip
-    print_comparison("distill: an epoch, 64 images of 120 x 160, 10 members", spent, "published",
-                     memory, f"kept targets are within {steps:.2f} steps of 254 of the published "
-                     "ones")  # fmt: skip
-    old, new, kept = (statistics.median(times) for times in spent.values())
+        ways = {"published": published.published, "kept targets": project.project}
+        _, memory = run_once(ways, device)
+    print_comparison(
+        "distill: an epoch, 64 images of 120 x 160, 10 members",
+        spent,
+        memory,
+        f"kept targets are within {steps:.2f} steps of 254 of the published ones",
+    )
+    published_time = statistics.median(spent["published"])
+    new_time = statistics.median(spent["new view"])
+    kept_time = statistics.median(spent["kept targets"])
     for epochs in (40, 200):
-        total = first + (views - 1) * new + (epochs - views) * kept
-        print(f"{epochs} epochs, --views {views}: {old * epochs:,.0f} s published, {total:,.0f} s "
-              f"here, {old * epochs / total:.2f}x faster (from these medians)")
+        published_total = published_time * epochs
+        total = first_time + (views - 1) * new_time + (epochs - views) * kept_time
+        print(
+            f"{epochs} epochs, --views {views}: {published_total:,.0f} s published, {total:,.0f} s "
+            f"here, {published_total / total:.2f}x faster (from these medians)"
+        )
 
 
-# ------------------------------------------------------------------ inference and training
+# ------------------------------------------------------------------ inference
 
 
 def bench_inference(args: argparse.Namespace) -> None:
     """A member, the teacher of 10 and the student of four measures, as --benchmark has them."""
     device = torch.device(args.device)
-    cuda = device.type == "cuda"
-    size, batch, backbone = ((768, 768), 16, "resnet101") if cuda else ((256, 512), 1, "resnet18")
+    if device.type == "cuda":
+        height, width = 768, 768
+        batch_size = 16
+        backbone = "resnet101"
+    else:
+        height, width = 256, 512
+        batch_size = 1
+        backbone = "resnet18"
     torch.manual_seed(0)
     members = [DeepLabV3(backbone, 19).eval() for _ in range(10)]
-    student = DeepLabV3(backbone, 19, evaluate.MEASURES).eval()
-    networks = {"student": student, "teacher": Ensemble(members)}
-    for network in networks.values():
-        network.to(device, memory_format=torch.channels_last)
-    settings = argparse.Namespace(device=args.device, batch_size=batch, compile=True,
-                                  amp=evaluate.choose_amp("auto", device))  # fmt: skip
-    image = torch.zeros(3, *size, dtype=torch.uint8)
-    figures = evaluate.benchmark(networks, image, settings)
-    base, keys = figures["member"], ("ms_per_image", "compiled_ms_per_image")
+    student = DeepLabV3(backbone, 19, tuple(metrics.MEASURES)).eval()
+    teacher = Ensemble(members)
+    student.to(device, memory_format=torch.channels_last)
+    teacher.to(device, memory_format=torch.channels_last)
+    networks = evaluate.Networks(student=student, teacher=teacher)
+
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    inference = evaluate.InferenceSettings(device, choose_amp("auto", device), batch_size)
+    figures = evaluate.benchmark(networks, image, inference)
+    member = figures["member"]
     rows = []
-    for name, f in figures.items():
-        times = [x for key in keys for x in (f[key], f"{f[key] / base[key]:.3f}")]
-        rows.append([name, f["parameters"] / 1e6, *times, f["peak_memory_mb"]])
-    print_table(f"inference: {batch} of {size[0]} x {size[1]}, {backbone}, 19 classes",
-                ["", "M parameters", "ms per image", "of a member", "compiled", "of a member",
-                 "peak MB"], rows)  # fmt: skip
-    if cuda:
-        print_share("a forward pass", base["compiled_ms_per_image"] / 1000, 1.9)
+    for name, costs in figures.items():
+        row = [name, costs["parameters"] / 1e6]
+        for key in ("ms_per_image", "compiled_ms_per_image"):
+            row.append(costs[key])
+            row.append(f"{costs[key] / member[key]:.3f}")
+        row.append(costs["peak_memory_mb"])
+        rows.append(row)
+    header = ["", "M parameters", "ms per image", "of a member", "compiled", "of a member"]
+    title = f"inference: {batch_size} of {height} x {width}, {backbone}, 19 classes"
+    print_table(title, [*header, "peak MB"], rows)
+    if device.type == "cuda":
+        print_share("a forward pass", member["compiled_ms_per_image"] / 1000, 1.9)
 
 
-def bench_train(args: argparse.Namespace) -> None:
-    """A student's training step as it is configured on this device, and the alternatives."""
-    device = torch.device(args.device)
-    cuda = device.type == "cuda"
-    size, batch, backbone = ((768, 768), 16, "resnet101") if cuda else ((180, 240), 4, "resnet18")
-    images = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, device=device)
-    labels = torch.randint(0, 19, (batch, *size), dtype=torch.uint8, device=device)
-    target = torch.rand(batch, *size, device=device) / 2
+# ------------------------------------------------------------------ train
 
-    def step(layout, amp, compiled, fused, upsample=upsample):
+
+def interpolate(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """What `model.upsample` does, by torch's own function."""
+    return F.interpolate(images, size=size, mode="bilinear")
+
+
+class TrainingSteps:
+    """One batch and everything to make training steps of a student on it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            self.size = (768, 768)
+            self.batch_size = 16
+            self.backbone = "resnet101"
+        else:
+            self.size = (180, 240)
+            self.batch_size = 4
+            self.backbone = "resnet18"
+        shape = (self.batch_size, *self.size)
+        image_shape = (self.batch_size, 3, *self.size)
+        self.images = torch.randint(0, 256, image_shape, dtype=torch.uint8, device=device)
+        self.labels = torch.randint(0, 19, shape, dtype=torch.uint8, device=device)
+        self.target = torch.rand(shape, device=device) / 2
+
+    def build(
+        self,
+        amp: str,
+        channels_last: bool = False,
+        compiled: bool = False,
+        fused: bool = True,
+        upsample: Callable = upsample,
+    ) -> Callable[[], Tensor]:
+        """A function that makes a step of a network of its own and returns the loss."""
+        layout = torch.channels_last if channels_last else torch.contiguous_format
         torch.manual_seed(0)
-        network = DeepLabV3(backbone, 19, ("std",)).to(device, memory_format=layout)
+        network = DeepLabV3(self.backbone, 19, ("std",)).to(self.device, memory_format=layout)
         optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, fused=fused)
         forward = torch.compile(network) if compiled else network
 
-        def once() -> float:
-            torch.manual_seed(0)  # dropout
-            with mock.patch("model.upsample", upsample), evaluate.autocast(device, amp):
-                logits, u = forward(images)
-            loss = train_ensemble.cross_entropy(logits, labels)
-            loss = loss + distill.rmsle(u[:, 0], target, labels != data.IGNORED)
+        def step() -> Tensor:
+            torch.manual_seed(0)  # of the dropout
+            with mock.patch("model.upsample", upsample), autocast(self.device, amp):
+                logits, uncertainty = forward(self.images)
+            valid = self.labels != data.IGNORED
+            loss = train_ensemble.cross_entropy(logits, self.labels)
+            loss = loss + distill.rmsle(uncertainty[:, 0], self.target, valid)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             return loss.detach()
 
-        return once
+        return step
 
-    def interpolate(x, size):
-        return F.interpolate(x, size=size, mode="bilinear")
 
-    last, first = torch.channels_last, torch.contiguous_format
-    amp = evaluate.choose_amp("auto", device)
-    ways = {"published": step(first, "fp16" if cuda else "off", False, False, interpolate)}
-    if cuda:
-        ways |= {"project": step(last, amp, True, True), "eager": step(last, amp, False, True),
-                 "contiguous": step(first, amp, True, True),
-                 "F.interpolate": step(last, amp, True, True, interpolate)}  # fmt: skip
+def bench_train(args: argparse.Namespace) -> None:
+    """A student's training step as it is configured on this device, and the alternatives."""
+    device = torch.device(args.device)
+    steps = TrainingSteps(device)
+    amp = choose_amp("auto", device)
+    if device.type == "cuda":
+        turns = 20
+        project = {"channels_last": True, "compiled": True}
+        ways = {
+            "published": steps.build("fp16", fused=False, upsample=interpolate),
+            "project": steps.build(amp, **project),
+            "eager": steps.build(amp, channels_last=True),
+            "contiguous": steps.build(amp, compiled=True),
+            "F.interpolate": steps.build(amp, **project, upsample=interpolate),
+        }
     else:
-        ways |= {"project": step(first, amp, False, True),
-                 "float32": step(first, "off", False, True),
-                 "channels_last": step(last, amp, False, True),
-                 "compiled": step(first, amp, True, True),
-                 "F.interpolate": step(first, amp, False, True, interpolate)}  # fmt: skip
+        turns = 9
+        ways = {
+            "published": steps.build("off", fused=False, upsample=interpolate),
+            "project": steps.build(amp),
+            "float32": steps.build("off"),
+            "channels_last": steps.build(amp, channels_last=True),
+            "compiled": steps.build(amp, compiled=True),
+            "F.interpolate": steps.build(amp, upsample=interpolate),
+        }
     losses, memory = run_once(ways, device)
-    gap = max(abs(loss / losses["published"] - 1) for loss in losses.values()).item()
-    spent = take_turns(ways, device, 20 if cuda else 9)
-    print_comparison(f"train: a step of {batch} images of {size[0]} x {size[1]}, {backbone}, {amp}",
-                     spent, "published", memory, f"the first step's losses differ by {gap:.1e} at "
-                     "most, relative")  # fmt: skip
-    if cuda:
-        print_share("a training step", statistics.median(spent["project"]) / batch, 6.2)
+    gaps = [abs(loss / losses["published"] - 1).item() for loss in losses.values()]
+    spent = take_turns(ways, device, turns)
+    height, width = steps.size
+    print_comparison(
+        f"train: a step of {steps.batch_size} images of {height} x {width}, "
+        f"{steps.backbone}, {amp}",
+        spent,
+        memory,
+        f"the first step's losses differ by {max(gaps):.1e} at most, relative",
+    )
+    if device.type == "cuda":
+        per_image = statistics.median(spent["project"]) / steps.batch_size
+        print_share("a training step", per_image, 6.2)
         print_ceilings(device)
 
 
 def print_share(what: str, per_image: float, floor: float) -> None:
-    """Against the arithmetic and unavoidable memory traffic of ResNet-101 at 768 x 768."""
-    print(f"{what}: {1000 * per_image:.2f} ms an image, {floor / 1000 / per_image:.0%} of the "
-          f"floor of {floor} ms (H200)")  # fmt: skip
+    """Against the arithmetic and unavoidable memory traffic of ResNet-101 at 768 x 768.
+
+    per_image: seconds; floor: milliseconds.
+    """
+    share = floor / 1000 / per_image
+    print(
+        f"{what}: {1000 * per_image:.2f} ms an image, {share:.0%} of the floor of {floor} ms (H200)"
+    )
 
 
 def print_ceilings(device: torch.device) -> None:
     """What the device reaches itself: a large bf16 product and a large copy."""
-    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    product = seconds(lambda: a @ a, device, 20, 5)
-    big = torch.empty(2**30, dtype=torch.uint8, device=device)
-    copy = seconds(big.clone, device, 20, 5)
-    print(f"{torch.cuda.get_device_name(device)}: {2 * 8192**3 / product / 1e12:.0f} TFLOP/s bf16, "
-          f"{2 * 2**30 / copy / 1e12:.2f} TB/s")
+    matrix = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    product = seconds(lambda: matrix @ matrix, device, 20, 5)
+    gigabyte = torch.empty(2**30, dtype=torch.uint8, device=device)
+    copy = seconds(gigabyte.clone, device, 20, 5)
+    name = torch.cuda.get_device_name(device)
+    teraflops = 2 * 8192**3 / product / 1e12
+    terabytes = 2 * 2**30 / copy / 1e12
+    print(f"{name}: {teraflops:.0f} TFLOP/s bf16, {terabytes:.2f} TB/s")
 
 
 # ------------------------------------------------------------------ metrics
 
 
-def metrics_frame(seed: int, classes: int, device: torch.device) -> dict[str, torch.Tensor]:
+def metrics_frame(seed: int, num_classes: int, device: torch.device) -> dict[str, Tensor]:
     """A synthetic 1024 x 2048 frame: mostly right, with void, two uncertainties."""
     generator = torch.Generator(device).manual_seed(seed)
-    coarse = torch.randn(1, classes, 32, 64, device=device, generator=generator) * 6
-    logits = torch.nn.functional.interpolate(coarse, (1024, 2048), mode="bilinear")
+    coarse = torch.randn(1, num_classes, 32, 64, device=device, generator=generator) * 6
+    logits = F.interpolate(coarse, (1024, 2048), mode="bilinear")
     probs = logits.softmax(1)
     noise = torch.rand(1, 1024, 2048, device=device, generator=generator)
-    labels = probs.max(1).indices.to(torch.uint8)
+    prediction = probs.max(1).indices
+    labels = prediction.to(torch.uint8)
     labels[noise < 0.1] = 3
     labels[noise > 0.9] = 255
-    uncertainty = m.max_softmax(probs)
+    uncertainty = metrics.max_softmax(probs)
+    correct = prediction == labels
     return {
         "probs": probs,
         "labels": labels,
-        "prediction": probs.max(1).indices,
+        "prediction": prediction,
         "student": uncertainty,
         "teacher": uncertainty * (0.5 + noise),
+        "correct": correct,
+        "wrong": ~correct,
+        "valid": labels < num_classes,
     }
 
 
-def forward_seconds(classes: int, device: torch.device) -> float:
+def forward_seconds(num_classes: int, device: torch.device) -> float:
     """One 1024 x 2048 frame through DeepLabv3-ResNet101: bf16 on CUDA, float32 on a CPU."""
-    from torchvision.models.segmentation import deeplabv3_resnet101
-
-    model = deeplabv3_resnet101(weights=None, weights_backbone=None, num_classes=classes)
-    model = model.to(device, memory_format=torch.channels_last).eval()
+    network = deeplabv3_resnet101(weights=None, weights_backbone=None, num_classes=num_classes)
+    network = network.to(device, memory_format=torch.channels_last).eval()
     image = torch.rand(1, 3, 1024, 2048, device=device)
     image = image.to(memory_format=torch.channels_last)
-    on_cuda = device.type == "cuda"
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=on_cuda):
-        return seconds(
-            lambda: model(image)["out"], device, repeats=10 if on_cuda else 1, warmup=3 * on_cuda
-        )
+    if device.type == "cuda":
+        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+            return seconds(lambda: network(image)["out"], device, repeats=10, warmup=3)
+    with torch.inference_mode():
+        return seconds(lambda: network(image)["out"], device)
 
 
 def bench_metrics(args: argparse.Namespace) -> None:
     """All accumulators over --images frames, against the forward pass of the same frame."""
-    classes, device = 19, torch.device(args.device)
-    frames = [metrics_frame(seed, classes, device) for seed in range(2)]
-    updates = {
-        "ConfusionMatrix": (m.ConfusionMatrix(classes), ("prediction", "labels")),
-        "ProperScores": (m.ProperScores(), ("probs", "labels")),
-        "CalibrationError": (m.CalibrationError(), ("probs", "labels", "prediction")),
-        "Detection": (m.Detection(), ("student", "wrong", "valid")),
-        "SelectivePrediction": (m.SelectivePrediction(), ("student", "correct", "valid")),
-        "RejectionCurve": (m.RejectionCurve(classes), ("student", "prediction", "labels")),
-        "ClassUncertainty": (m.ClassUncertainty(classes), ("student", "prediction", "labels")),
-        "Fidelity": (m.Fidelity(), ("student", "teacher", "valid")),
+    num_classes = 19
+    device = torch.device(args.device)
+    frames = [metrics_frame(seed, num_classes, device) for seed in range(2)]
+    uncertainty_arguments = ("student", "prediction", "labels")
+    accumulators = {
+        "ConfusionMatrix": (metrics.ConfusionMatrix(num_classes), ("prediction", "labels")),
+        "ProperScores": (metrics.ProperScores(), ("probs", "labels")),
+        "CalibrationError": (metrics.CalibrationError(), ("probs", "labels", "prediction")),
+        "Detection": (metrics.Detection(), ("student", "wrong", "valid")),
+        "SelectivePrediction": (metrics.SelectivePrediction(), ("student", "correct", "valid")),
+        "RejectionCurve": (metrics.RejectionCurve(num_classes), uncertainty_arguments),
+        "ClassUncertainty": (metrics.ClassUncertainty(num_classes), uncertainty_arguments),
+        "Fidelity": (metrics.Fidelity(), ("student", "teacher", "valid")),
     }
-    for frame in frames:
-        frame["correct"] = frame["prediction"] == frame["labels"]
-        frame["wrong"], frame["valid"] = ~frame["correct"], frame["labels"] < classes
-    rows, total = [], [0.0, 0.0, 0.0, 0.0]
-    for name, (accumulator, keys) in updates.items():
-        accumulator.update(*(frames[0][key] for key in keys))  # warm-up: also moves the state
-        accumulator.reset()
+
+    def update(accumulator: metrics.Accumulator, batches: list[list[Tensor]], images: int) -> None:
+        for image in range(images):
+            accumulator.update(*batches[image % len(batches)])
+
+    rows = []
+    for name, (accumulator, keys) in accumulators.items():
         batches = [[frame[key] for key in keys] for frame in frames]
-
-        def run(accumulator=accumulator, batches=batches):
-            for i in range(args.images):
-                accumulator.update(*batches[i % len(batches)])
-
-        spent = seconds(run, device)
+        update(accumulator, batches, 1)  # warm-up: also moves the state to the device
+        accumulator.reset()
+        spent = seconds(partial(update, accumulator, batches, args.images), device)
         compute = seconds(accumulator.compute, device)
-        size = sum(x.nbytes for x in accumulator.state.values())
-        row = [spent, 1000 * spent / args.images, 1000 * compute, size / 1e6]
-        total = [a + b for a, b in zip(total, row, strict=True)]
+        state_bytes = sum(state.nbytes for state in accumulator.state.values())
+        row = [spent, 1000 * spent / args.images, 1000 * compute, state_bytes / 1e6]
         rows.append([name, *row])
-    title = f"metrics: {args.images} frames of 1024 x 2048, {classes} classes, {device}"
+    total = np.array([row[1:] for row in rows]).sum(0).tolist()
+    rows.append(["all", *total])
+    title = f"metrics: {args.images} frames of 1024 x 2048, {num_classes} classes, {device}"
     header = ["accumulator", "seconds", "ms per image", "ms compute", "MB of state"]
-    print_table(title, header, rows + [["all", *total]])
-    forward = forward_seconds(classes, device)
+    print_table(title, header, rows)
+
+    forward = forward_seconds(num_classes, device)
+    share = total[1] / 1000 / forward
     print(
         f"DeepLabv3-ResNet101 forward {1000 * forward:,.1f} ms; "
-        f"all metrics cost {total[1] / 1000 / forward:.3f} of it (target: below 0.25)"
+        f"all metrics cost {share:.3f} of it (target: below 0.25)"
     )
 
 
-SECTIONS = {"loader": bench_loader, "teacher": bench_teacher, "distill": bench_distill,
-            "inference": bench_inference, "train": bench_train, "metrics": bench_metrics}
+# ------------------------------------------------------------------ command line
+
+SECTIONS = {
+    "loader": bench_loader,
+    "teacher": bench_teacher,
+    "distill": bench_distill,
+    "inference": bench_inference,
+    "train": bench_train,
+    "metrics": bench_metrics,
+}
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -50,7 +50,7 @@ def command(capsys):
         module = COMMANDS[name]
         try:
             words = [str(flag) for flag in flags]
-            code = evaluate.run(module.main, module.get_args_parser(), words)
+            code = evaluate.run_main(module.main, module.get_args_parser(), words)
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
@@ -80,6 +80,15 @@ def trained(tmp_path_factory):
         (distill, ["--teacher", root / "ckpts", "--device", "cpu"]),
     ):
         assert (
-            evaluate.run(module.main, module.get_args_parser(), [str(flag) for flag in flags]) == 0
+            evaluate.run_main(module.main, module.get_args_parser(), [str(flag) for flag in flags])
+            == 0
         )
     return data, root / "ckpts"
+
+
+def flags_of(**changes):
+    """`TrainingFlags` of a tiny training on the CPU, without a command line."""
+    flags = {name: None for name in train_ensemble.TrainingFlags._fields}
+    flags |= {"device": torch.device("cpu"), "amp": "off", "accumulate": 1, "save_every": 5.0}
+    flags |= {"recorded": {"device": "cpu"}}
+    return train_ensemble.TrainingFlags(**(flags | changes))

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,207 +27,295 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 
+# ------------------------------------------------------------------ what is compared
+
 HELD_OUT = ("bicyclist", "pedestrian")
-STD, ALL = ("--targets", "std"), ("--targets", "std", "entropy", "mutual_information", "msp")
-VARIANTS = {
+
+# Flags of distill.py, by the name of the variant.
+STD = ("--targets", "std")
+ALL = ("--targets", "std", "entropy", "mutual_information", "msp")
+PROBS = ("--distill-probs", "1")
+TARGET_VARIANTS = {
     "std alone": STD,
     "all targets": ALL,
-    "+ probabilities": (*ALL, "--distill-probs", "1"),
-    "+ strong views": (*ALL, "--distill-probs", "1", "--strong-views"),
-    "+ extra images": (*ALL, "--distill-probs", "1", "--strong-views", "--extra", "extra"),
+    "+ probabilities": (*ALL, *PROBS),
+    "+ strong views": (*ALL, *PROBS, "--strong-views"),
+    "+ extra images": (*ALL, *PROBS, "--strong-views", "--extra", "extra"),
 }
-STUDIES = {"views": ("--views 0", "--views 5"), "targets": tuple(VARIANTS)}
+VIEW_VARIANTS = {
+    "--views 0": (*STD, "--views", "0"),
+    "--views 5": (*STD, "--views", "5"),
+}
+STUDIES = {"views": VIEW_VARIANTS, "targets": TARGET_VARIANTS}
+
+# metrics.json of several runs, by the name of the variant ("member" and "teacher" are two more).
+Results = dict[str, list[dict]]
 
 
-def call(args: argparse.Namespace, script: str, *flags) -> None:
-    """One of the three commands, in the study's folder; its failure ends the study."""
-    words = [sys.executable, str(ROOT / script), "--device", args.device, *map(str, flags)]
-    print("$", " ".join([script, *words[2:]]), flush=True)
-    if code := subprocess.run(words, cwd=args.out).returncode:
-        sys.exit(code)
+# ------------------------------------------------------------------ runs
+
+
+@dataclass
+class Study:
+    """The flags of the command; paths are absolute."""
+
+    study: str  # a key of STUDIES
+    data: Path
+    road_anomaly: Path | None
+    out: Path
+    seeds: int
+    jobs: int
+    members: int
+    epochs: int
+    backbone: str
+    image_size: tuple[int, int]
+    crop_size: tuple[int, int] | None
+    device: str
+
+    def call(self, script: str, *flags) -> None:
+        """One of the three commands, in the study's folder; its failure ends the study."""
+        words = [sys.executable, str(ROOT / script), "--device", self.device]
+        words += [str(flag) for flag in flags]
+        print("$", " ".join([script, *words[2:]]), flush=True)
+        code = subprocess.run(words, cwd=self.out).returncode
+        if code != 0:
+            sys.exit(code)
+
+    def evaluate(self, name: str, checkpoint: Path, *flags) -> dict:
+        """metrics.json of an evaluation, run if it is not there or older than its checkpoint."""
+        road = "-road" if self.road_anomaly else ""  # one set more is another evaluation
+        folder = Path("results", f"{self.study}{road}-{name}")
+        file = self.out / folder / "metrics.json"
+        trained = (self.out / checkpoint).stat().st_mtime
+        if not file.exists() or file.stat().st_mtime < trained:
+            flags = (*flags, "--panels", 0, "--batch-size", 8, "--out", folder)
+            self.call("evaluate.py", *flags)
+        return json.loads(file.read_text())
+
+    def train_members(self) -> None:
+        """The ensemble, in the folder `members`."""
+        flags = ["--members", self.members, "--dataset", "camvid", "--data", self.data]
+        flags += ["--backbone", self.backbone, "--weights", "none"]
+        flags += ["--image-size", *self.image_size]
+        flags += ["--crop-size", *(self.crop_size or self.image_size)]
+        flags += ["--epochs", self.epochs, "--lr", 0.1, "--scale", 0.75, 1.25]
+        flags += ["--hold-out", *HELD_OUT, "--cache", "cache", "--out", "members"]
+        self.call("train_ensemble.py", *flags)
+
+    def ood_flags(self) -> tuple:
+        """The OOD sets of the study "targets"."""
+        if self.road_anomaly:
+            return ("--ood", "held-out", "pasted", f"roadanomaly:{self.road_anomaly}")
+        return ("--ood", "held-out", "pasted")
+
+    def evaluate_members(self) -> Results:
+        """The teacher, and as many of its members as there are students of a variant."""
+        ood = self.ood_flags()
+        files = [Path("members", f"member_{number:02d}.pt") for number in range(self.members)]
+        teacher = self.evaluate("teacher", files[0], "--teacher", "members", *ood)
+        members = [teacher]  # which has the figures of member 0 too
+        for file in files[1 : self.seeds]:
+            # The first of the files that --teacher names is the member that is measured.
+            members.append(self.evaluate(file.stem, file, "--teacher", file, files[0], *ood))
+        return {"member": members, "teacher": [teacher]}
+
+    def student(self, seed: int, variant: str) -> dict:
+        """metrics.json of a student, and the minutes that its training took."""
+        name = "".join(letter for letter in variant if letter.isalnum()) + f"-{seed}"
+        path = Path("students", f"{name}.pt")
+        flags = ["--teacher", "members", "--seed", seed, *STUDIES[self.study][variant]]
+        self.call("distill.py", *flags, "--cache", "cache", "--out", path)
+        if self.study == "targets":
+            measured = self.ood_flags()
+        else:
+            measured = ("--teacher", "members")
+        results = self.evaluate(name, path, "--student", path, *measured)
+
+        log = (self.out / path).with_suffix(".jsonl").read_text().splitlines()
+        results["minutes"] = sum(json.loads(line)["seconds"] for line in log) / 60
+        return results
+
+    def run(self) -> Results:
+        """The results of the teacher and, by variant, of each seed's student."""
+        (self.out / "students").mkdir(parents=True, exist_ok=True)
+        self.train_members()
+        results: Results = {}
+        if self.study == "targets":
+            write_extra(self.out / "extra")
+            results = self.evaluate_members()
+        for variant in STUDIES[self.study]:
+            results[variant] = []
+
+        if self.jobs > 1:  # students share the cores out
+            os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // self.jobs))
+        with ThreadPoolExecutor(self.jobs) as pool:
+            waiting = []
+            for seed in range(self.seeds):
+                for variant in STUDIES[self.study]:
+                    waiting.append((variant, pool.submit(self.student, seed, variant)))
+            try:
+                for variant, student in waiting:
+                    results[variant].append(student.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return results
 
 
 def write_extra(folder: Path, count: int = 240) -> None:
     """Drawn street scenes without the classes that are held out, as the images without labels."""
     if folder.exists():
         return
-    held_out = [*map([*data.CAMVID_CLASSES].index, HELD_OUT)]
+    classes = list(data.CAMVID_CLASSES)
+    held_out = [classes.index(name) for name in HELD_OUT]
     unfinished = folder.with_suffix(".tmp")
     unfinished.mkdir(exist_ok=True)
     number = 0
-    while count:
-        image, labels = data.draw_scene(np.random.default_rng([3, number]), data.SYNTHETIC_SIZE)
+    written = 0
+    while written < count:
+        rng = np.random.default_rng([3, number])
+        image, labels = data.draw_scene(rng, data.SYNTHETIC_SIZE)
         if not np.isin(labels, held_out).any():
             Image.fromarray(image).save(unfinished / f"{number:05d}.png")
-            count -= 1
+            written += 1
         number += 1
     unfinished.rename(folder)
-
-
-def measure(args: argparse.Namespace, name: str, checkpoint: Path, *flags) -> dict:
-    """metrics.json of an evaluation, which runs if it is not there or older than `checkpoint`."""
-    road = "-road" if args.road_anomaly else ""  # a set more is another evaluation
-    folder = Path("results", f"{args.study}{road}-{name}")
-    file = args.out / folder / "metrics.json"
-    if not file.exists() or file.stat().st_mtime < (args.out / checkpoint).stat().st_mtime:
-        call(args, "evaluate.py", *flags, "--panels", 0, "--batch-size", 8, "--out", folder)
-    return json.loads(file.read_text())
-
-
-def run(args: argparse.Namespace) -> dict[str, list[dict]]:
-    """The results of the teacher and, by variant, of each seed's student."""
-    call(args, "train_ensemble.py", "--members", args.members, "--dataset", "camvid", "--data",
-         args.data, "--backbone", args.backbone, "--weights", "none", "--image-size",
-         *args.image_size, "--crop-size", *(args.crop_size or args.image_size),
-         "--epochs", args.epochs, "--lr", 0.1, "--scale", 0.75, 1.25,
-         "--hold-out", *HELD_OUT, "--cache", "cache", "--out", "members")  # fmt: skip
-    teacher = ("--teacher", "members")
-    if args.study == "targets":
-        write_extra(args.out / "extra")
-        road = [f"roadanomaly:{args.road_anomaly}"] if args.road_anomaly else []
-        ood = ("--ood", "held-out", "pasted", *road)
-        first, *others = (Path("members", f"member_{n:02d}.pt") for n in range(args.members))
-        whole = measure(args, "teacher", first, *teacher, *ood)
-        # of the teacher that is named, the first is the member which is measured
-        others = [measure(args, other.stem, other, "--teacher", other, first, *ood)
-                  for other in others[: args.seeds - 1]]  # fmt: skip
-        more, found = ood, {"member": [whole, *others], "teacher": [whole]}
-    else:
-        found, more = {}, teacher
-
-    def student(seed: int, variant: str) -> dict:
-        flags = VARIANTS.get(variant, (*STD, *variant.split()))
-        name = "".join(c for c in variant if c.isalnum()) + f"-{seed}"
-        path = Path("students", f"{name}.pt")
-        call(args, "distill.py", *teacher, "--seed", seed, *flags, "--cache", "cache",
-             "--out", path)  # fmt: skip
-        results = measure(args, name, path, "--student", path, *more)
-        log = (args.out / path).with_suffix(".jsonl").read_text().splitlines()
-        return results | {"minutes": sum(json.loads(line)["seconds"] for line in log) / 60}
-
-    if args.jobs > 1:  # students share the cores out
-        os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.jobs))
-    with ThreadPoolExecutor(args.jobs) as pool:
-        waiting = [(variant, pool.submit(student, seed, variant))
-                   for seed in range(args.seeds) for variant in STUDIES[args.study]]  # fmt: skip
-        try:
-            for variant, result in waiting:
-                found.setdefault(variant, []).append(result.result())
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return found
 
 
 # ------------------------------------------------------------------ tables
 
 
-def spread(values: list[float], factor: float = 100, digits: int = 1) -> str:
-    """Mean +- standard deviation."""
+def spread(values: list[float | None], factor: float = 100, digits: int = 1) -> str:
+    """Mean +- standard deviation of what is not None, times `factor`."""
     values = [factor * value for value in values if value is not None]
     if not values:
         return "–"
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def table(head: list[str], rows: list[list[str]]) -> None:
+def print_table(head: list[str], rows: list[list[str]]) -> None:
     print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for row in rows:
         print("| " + " | ".join(row) + " |")
 
 
-def print_views(found: dict[str, list[dict]]) -> None:
+def print_views(results: Results) -> None:
     """Each --views against --views 0, seed by seed."""
     columns = {
-        "mIoU %": lambda r: r["segmentation"]["student"]["miou"],
-        "NLL": lambda r: r["segmentation"]["student"]["nll"],
-        "Pearson": lambda r: r["fidelity"]["pearson"],
-        "error AUROC %": lambda r: r["uncertainty"]["student/dudes"]["auroc"],
+        "mIoU %": lambda result: result["segmentation"]["student"]["miou"],
+        "NLL": lambda result: result["segmentation"]["student"]["nll"],
+        "Pearson": lambda result: result["fidelity"]["pearson"],
+        "error AUROC %": lambda result: result["uncertainty"]["student/dudes"]["auroc"],
     }
     rows = []
-    for variant in STUDIES["views"]:
+    for variant in VIEW_VARIANTS:
         row = [f"`{variant}`"]
         for name, figure in columns.items():
             factor, digits = (100, 2) if "%" in name else (1, 3)
-            values = [figure(result) for result in found[variant]]
-            base = [figure(result) for result in found["--views 0"]]
-            paired = [a - b for a, b in zip(values, base, strict=True)]
-            row += [spread(values, factor, digits), spread(paired, factor, digits)]
-        rows.append([*row, spread([result["minutes"] for result in found[variant]], 1)])
-    head = [part for name in columns for part in (name, "difference")]
-    table(["", *head, "minutes"], rows)
+            values = [figure(result) for result in results[variant]]
+            base = [figure(result) for result in results["--views 0"]]
+            differences = [value - zero for value, zero in zip(values, base, strict=True)]
+            row.append(spread(values, factor, digits))
+            row.append(spread(differences, factor, digits))
+        minutes = [result["minutes"] for result in results[variant]]
+        row.append(spread(minutes, 1))
+        rows.append(row)
+    head = [""]
+    for name in columns:
+        head += [name, "difference"]
+    print_table([*head, "minutes"], rows)
 
 
-def print_targets(found: dict[str, list[dict]]) -> None:
+def print_targets(results: Results) -> None:
     """Segmentation, what the distilled scores add to the free ones, then every score."""
-    kinds = {"member": "member", "teacher": "teacher"}
-    kinds |= dict.fromkeys(STUDIES["targets"], "student")
-    rows = []
-    for name, kind in kinds.items():
-        part = [result["segmentation"][kind] for result in found[name]]
-        minutes = [result["minutes"] for result in found[name] if "minutes" in result]
-        rows.append([name, spread([p["miou"] for p in part]),
-                     spread([p["nll"] for p in part], 1, 3),
-                     spread([p["ece"] for p in part]), spread(minutes, 1)])  # fmt: skip
-    table(["", "mIoU % ↑", "NLL ↓", "ECE % ↓", "minutes"], rows)
+    # The network that a row is about, as metrics.json names it.
+    networks = {"member": "member", "teacher": "teacher"}
+    for variant in TARGET_VARIANTS:
+        networks[variant] = "student"
+    print_segmentation(results, networks)
 
-    tasks = {"errors": lambda result: result["uncertainty"]}
-    for ood in found["teacher"][0]["ood"]:
-        tasks[ood] = lambda result, ood=ood: result["ood"][ood]
-    scores = {name: [key for key in found[name][0]["uncertainty"] if key.startswith(kind + "/")]
-              for name, kind in kinds.items()}  # fmt: skip
-    rows = [[name, *(gain(found[name], scores[name], figures) for figures in tasks.values())]
-            for name in kinds]  # fmt: skip
+    tasks = ["errors", *results["teacher"][0]["ood"]]
+    scores = {}
+    for name, network in networks.items():
+        keys = results[name][0]["uncertainty"]
+        scores[name] = [key for key in keys if key.startswith(network + "/")]
+    rows = []
+    for name in networks:
+        gains = [gain(results[name], scores[name], task) for task in tasks]
+        rows.append([name, *gains])
     what = "AUROC %: best free → best distilled score, chosen on these figures (difference)"
-    table([what, *tasks], rows)
+    print_table([what, *tasks], rows)
+    print_scores(results, scores, tasks)
 
+
+def print_segmentation(results: Results, networks: dict[str, str]) -> None:
     rows = []
-    for name in kinds:
-        for key in scores[name]:
+    for name, network in networks.items():
+        figures = [result["segmentation"][network] for result in results[name]]
+        minutes = [result["minutes"] for result in results[name] if "minutes" in result]
+        miou = spread([segmentation["miou"] for segmentation in figures])
+        nll = spread([segmentation["nll"] for segmentation in figures], 1, 3)
+        ece = spread([segmentation["ece"] for segmentation in figures])
+        rows.append([name, miou, nll, ece, spread(minutes, 1)])
+    print_table(["", "mIoU % ↑", "NLL ↓", "ECE % ↓", "minutes"], rows)
+
+
+def print_scores(results: Results, scores: dict[str, list[str]], tasks: list[str]) -> None:
+    rows = []
+    for name, keys in scores.items():
+        for key in keys:
             row = [name, f"`{key.partition('/')[2]}`"]
-            for task, figures in tasks.items():
-                values = [figures(result)[key] for result in found[name]]
-                keys = ("auroc",) if task == "errors" else ("auroc", "ap", "fpr95")
-                row.append(" / ".join(spread([v[k] for v in values]) for k in keys))
+            for task in tasks:
+                values = [figures_of(task, result)[key] for result in results[name]]
+                auroc = spread([value["auroc"] for value in values])
                 if task == "errors":
-                    row.append(spread([v["aurc"] for v in values], 1, 4))
+                    row += [auroc, spread([value["aurc"] for value in values], 1, 4)]
+                else:
+                    ap = spread([value["ap"] for value in values])
+                    fpr95 = spread([value["fpr95"] for value in values])
+                    row.append(f"{auroc} / {ap} / {fpr95}")
             rows.append(row)
-    sets = [f"{task}: AUROC / AP / FPR95 %" for task in tasks if task != "errors"]
-    table(["", "score", "errors: AUROC % ↑", "AURC ↓", *sets], rows)
+    head = ["", "score", "errors: AUROC % ↑", "AURC ↓"]
+    for task in tasks[1:]:
+        head.append(f"{task}: AUROC / AP / FPR95 %")
+    print_table(head, rows)
 
 
-def gain(results: list[dict], keys: list[str], figures) -> str:
+def figures_of(task: str, result: dict) -> dict[str, dict]:
+    """The figures of every score at a task: to find errors, or the anomalies of an OOD set."""
+    if task == "errors":
+        return result["uncertainty"]
+    return result["ood"][task]
+
+
+def gain(results: list[dict], keys: list[str], task: str) -> str:
     """The score of the highest mean AUROC among the free and among the distilled ones."""
     best = []
     for distilled in (False, True):
-        among = {key: [100 * figures(result)[key]["auroc"] for result in results]
-                 for key in keys if ("/dudes" in key) == distilled}  # fmt: skip
-        if among:
-            best.append(max(among.items(), key=lambda item: statistics.mean(item[1])))
+        candidates = {}
+        for key in keys:
+            if ("/dudes" in key) == distilled:
+                figures = [figures_of(task, result)[key] for result in results]
+                candidates[key] = [100 * figure["auroc"] for figure in figures]
+        if candidates:
+            best_key = max(candidates, key=lambda key: statistics.mean(candidates[key]))
+            best.append((best_key, candidates[best_key]))
     cells = [f"`{key.partition('/')[2]}` {spread(values, 1)}" for key, values in best]
     if len(best) == 2:
-        difference = [b - a for a, b in zip(best[0][1], best[1][1], strict=True)]
-        cells[1] += f" ({spread(difference, 1)})"
+        free = best[0][1]
+        learned = best[1][1]
+        differences = [after - before for before, after in zip(free, learned, strict=True)]
+        cells[1] += f" ({spread(differences, 1)})"
     return " → ".join(cells)
 
 
-def main(args: argparse.Namespace) -> None:
-    for name in ("data", "road_anomaly", "out"):  # the commands run in another folder
-        if path := getattr(args, name):
-            setattr(args, name, path.resolve())
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "students").mkdir(exist_ok=True)
-    found = run(args)
-    {"views": print_views, "targets": print_targets}[args.study](found)
-    protocols = [result["protocol"] for results in found.values() for result in results]
-    protocol, commits = protocols[0], sorted({p["commit"] for p in protocols})
-    print(f"\nseeds 0..{args.seeds - 1}, {args.members} members, {args.epochs} epochs, "
-          f"{protocol['network_input']}, {args.jobs} at a time, torch {protocol['torch']}, "
-          f"{protocol['hardware']}, commit {', '.join(commits)}")  # fmt: skip
+# ------------------------------------------------------------------ command line
 
 
-if __name__ == "__main__":
+def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--data", type=Path, required=True, help="CamVid in the SegNet layout")
@@ -238,7 +327,38 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--image-size", type=int, nargs=2, default=(120, 160), metavar=("H", "W"))
-    parser.add_argument("--crop-size", type=int, nargs=2, metavar=("H", "W"),
-                        help="(default: the image's size)")  # fmt: skip
+    parser.add_argument(
+        "--crop-size", type=int, nargs=2, metavar=("H", "W"), help="(default: the image's size)"
+    )
     parser.add_argument("--device", default="auto")
-    main(parser.parse_args())
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    study = Study(**vars(args))
+    # The commands run in another folder, so relative paths would not be found there.
+    study.data = study.data.resolve()
+    study.out = study.out.resolve()
+    if study.road_anomaly:
+        study.road_anomaly = study.road_anomaly.resolve()
+
+    results = study.run()
+    if study.study == "views":
+        print_views(results)
+    else:
+        print_targets(results)
+
+    protocols = []
+    for of_variant in results.values():
+        protocols += [result["protocol"] for result in of_variant]
+    protocol = protocols[0]
+    commits = sorted({each["commit"] for each in protocols})
+    print(
+        f"\nseeds 0..{study.seeds - 1}, {study.members} members, {study.epochs} epochs, "
+        f"{protocol['network_input']}, {study.jobs} at a time, torch {protocol['torch']}, "
+        f"{protocol['hardware']}, commit {', '.join(commits)}"
+    )
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
+from metrics import MAX_STD
 from model import (
-    MAX_STD,
     AtrousConv2d,
     DeepLabV3,
     Ensemble,
@@ -49,7 +49,7 @@ def test_equals_torchvisions_deeplab():
     ours.load_state_dict(theirs.state_dict())
     images = torch.rand(1, 3, 65, 97)
     with torch.inference_mode():
-        expected = theirs((images - ours.mean) / ours.std)["out"]
+        expected = theirs((images - ours.rgb_mean) / ours.rgb_std)["out"]
         torch.testing.assert_close(ours(images).logits, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -83,7 +83,7 @@ def test_statistics_against_float64(scale):
     generator = torch.Generator().manual_seed(0)
     logits = scale * torch.randn(5, 2, 7, 9, 11, generator=generator)
     logits[:, :, 0] += scale * 2  # the first class saturates in most pixels
-    stats = predictive_statistics(iter(logits), expected_entropy=True)
+    stats = predictive_statistics(iter(logits), with_expected_entropy=True)
     p = logits.double().softmax(2)
     mean = p.mean(0)
     y = mean.argmax(1, keepdim=True)

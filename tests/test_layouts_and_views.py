@@ -1,5 +1,6 @@
 """Readers on files in the publishers' layouts, training views, loaders, the drawn scenes."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -34,16 +35,18 @@ def test_camvid(tmp_path):
         save(tmp_path / split / f"0001TP_006690.{suffix}", image)
         save(tmp_path / f"{split}annot" / "0001TP_006690.png", labels)
     dataset = open_dataset("camvid", tmp_path, "train")
-    assert (
-        dataset.classes[0] == "sky"
-        and dataset.classes[-1] == "bicyclist"
-        and len(dataset.classes) == 11
-    )
+    assert dataset.classes[0] == "sky" and dataset.classes[-1] == "bicyclist"
+    assert len(dataset.classes) == 11 and dataset.names == ["0001TP_006690"]
     sample = dataset[0]
     assert sample.image.shape == (3, 360, 480) and sample.image.dtype == torch.uint8
     np.testing.assert_array_equal(sample.labels, np.where(labels == 11, VOID, labels))
     np.testing.assert_array_equal(sample.image.permute(1, 2, 0), image)
     assert len(open_dataset("camvid", tmp_path, "val")) == 1
+    for unknown in (12, 254):
+        mask = Image.fromarray(np.full((4, 4), unknown, np.uint8))
+        with pytest.raises(DataError, match=f"holds {unknown}, no label of camvid"):
+            dataset.to_labels(mask, 0)
+    assert (dataset.to_labels(Image.new("L", (4, 4), VOID), 0) == VOID).all()
 
 
 def test_cityscapes_at_its_size_and_mapping(tmp_path):
@@ -58,24 +61,34 @@ def test_cityscapes_at_its_size_and_mapping(tmp_path):
     sample = dataset[0]
     assert sample.image.shape == (3, 512, 1024) and sample.labels.shape == (1024, 2048)
     # the publisher's table: 7 road, 8 sidewalk, 11 building, 24 person, 26 car, 33 bicycle
-    for number, train_id in {
-        7: 0,
-        8: 1,
-        11: 2,
-        24: 11,
-        26: 13,
-        33: 18,
-        0: VOID,
-        29: VOID,
-        30: VOID,
-        6: VOID,
-    }.items():
+    trained = {7: 0, 8: 1, 11: 2, 24: 11, 26: 13, 33: 18}
+    for number, train_id in (trained | dict.fromkeys((0, 29, 30, 6), VOID)).items():
         assert (sample.labels.numpy()[ids == number] == train_id).all()
-    assert (
-        dataset.classes[0] == "road"
-        and dataset.classes[18] == "bicycle"
-        and len(dataset.classes) == 19
+    assert dataset.classes[0] == "road" and dataset.classes[18] == "bicycle"
+    assert len(dataset.classes) == 19
+    assert dataset.names == ["lindau_000000_000019_leftImg8bit"]
+
+    for unknown in (34, 254, 255):  # the licence plate is -1, which a mask holds as 255 at most
+        mask = Image.fromarray(np.full((4, 4), unknown, np.uint8))
+        if unknown == VOID:
+            assert (dataset.to_labels(mask, 0) == VOID).all()
+        else:
+            with pytest.raises(DataError, match=f"holds {unknown}, no label of cityscapes"):
+                dataset.to_labels(mask, 0)
+
+
+def test_cityscapes_table():
+    ids = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+    values = dict.fromkeys((*range(34), 255), VOID)
+    for train_id, number in enumerate(ids):
+        values[number] = train_id
+    assert data.LAYOUTS["cityscapes"].values == values
+    assert " ".join(data.CITYSCAPES_CLASSES) == (
+        "road sidewalk building wall fence pole traffic light traffic sign vegetation terrain sky "
+        "person rider car truck bus train motorcycle bicycle"
     )
+    assert data.CITYSCAPES_CLASSES["road"] == (128, 64, 128)
+    assert data.CITYSCAPES_CLASSES["bicycle"] == (119, 11, 32)
 
 
 @pytest.mark.parametrize("prefix", ["", "VOC2012", "VOCdevkit/VOC2012"])
@@ -98,11 +111,8 @@ def test_voc_palette_masks(tmp_path, prefix):
     for split in ("train", "trainaug"):
         dataset = open_dataset("voc", tmp_path, split)
         np.testing.assert_array_equal(dataset[0].labels, labels)
-    assert dataset.palette[:3] == [(0, 0, 0), (128, 0, 0), (0, 128, 0)] and dataset.palette[15] == (
-        192,
-        128,
-        128,
-    )
+    assert dataset.palette[:3] == [(0, 0, 0), (128, 0, 0), (0, 128, 0)]
+    assert dataset.palette[15] == (192, 128, 128)
 
 
 def test_folder_with_subfolders_and_16_bit_masks(tmp_path):
@@ -112,6 +122,7 @@ def test_folder_with_subfolders_and_16_bit_masks(tmp_path):
     save(tmp_path / "labels/train/town/x.png", labels.astype(np.uint16))
     dataset = open_dataset("folder", tmp_path, "train")
     assert len(dataset) == 3 and dataset.classes == [f"class {c}" for c in range(4)]
+    assert dataset.names == ["0", "1", "town_x"]
     np.testing.assert_array_equal(dataset[2].labels, labels)
 
 
@@ -129,6 +140,131 @@ def test_images_of_any_mode(tmp_path):
     for path in tmp_path.iterdir():
         image = data.read_image(path)
         assert image.mode == "RGB" and image.size == ((3, 4) if path.stem == "turned" else (4, 3))
+
+
+# ------------------------------------------------------------------------------ names
+
+
+def save_pair(root, name, suffix="png"):
+    """An image of the split `train` in the layout `folder`, and its mask."""
+    image, labels = scene(np.random.default_rng(1))
+    image_file = save(root / f"images/train/{name}.{suffix}", image)
+    save(root / f"labels/train/{name}.png", labels)
+    return image_file
+
+
+def refused_naming(files, open_it):
+    """What `open_it` raises is one line with both files."""
+    with pytest.raises(DataError) as error:
+        open_it()
+    message = str(error.value)
+    assert all(str(file) in message for file in files) and "\n" not in message
+    return message
+
+
+def test_a_name_is_the_whole_path_below_the_folder_of_the_images(tmp_path):
+    write_folder(tmp_path, train=1)
+    for name in ("a/x/1", "b/x/1", "b/1"):
+        save_pair(tmp_path, name)
+    dataset = open_dataset("folder", tmp_path, "train")
+    assert dataset.names == ["0", "a_x_1", "b_1", "b_x_1"]
+
+
+def test_images_of_one_name_are_refused(tmp_path):
+    write_folder(tmp_path, train=1)
+    files = [save_pair(tmp_path, name) for name in ("a/b_c", "a_b/c")]
+    message = refused_naming(files, lambda: open_dataset("folder", tmp_path, "train"))
+    assert "a_b_c" in message and "rename" in message
+
+
+def test_names_of_cityscapes_are_the_publishers(tmp_path):
+    image, labels = scene(np.random.default_rng(0))
+
+    def save_frame(city, stem):
+        save(tmp_path / f"gtFine/val/{city}/{stem}_gtFine_labelIds.png", labels)
+        return save(tmp_path / f"leftImg8bit/val/{city}/{stem}_leftImg8bit.png", image)
+
+    save_frame("bonn", "bonn_1")
+    save_frame("ulm", "ulm_1")
+    names = open_dataset("cityscapes", tmp_path, "val").names
+    assert names == ["bonn_1_leftImg8bit", "ulm_1_leftImg8bit"]
+    save_frame("ulm", "bonn_1")  # no longer told apart by the stem
+    names = open_dataset("cityscapes", tmp_path, "val").names
+    assert names == [
+        "bonn_bonn_1_leftImg8bit",
+        "ulm_bonn_1_leftImg8bit",
+        "ulm_ulm_1_leftImg8bit",
+    ]
+
+
+def test_names_of_ood_sets_and_of_images_without_labels(tmp_path, folder):
+    split = open_dataset("folder", folder, "val")
+    image, labels = scene(np.random.default_rng(0), classes=2)
+
+    def save_anomaly(name):
+        save(tmp_path / f"set/labels/{name}.png", labels)
+        return save(tmp_path / f"set/images/{name}.png", image)
+
+    def names():
+        images = data.open_images("--in-distribution", tmp_path / "set/images", None)
+        ood = data.open_ood(str(tmp_path / "set"), split).dataset
+        assert images.names == ood.names
+        return ood.names
+
+    save_anomaly("a/x/1")
+    save_anomaly("b/x/2")
+    assert names() == ["1", "2"]
+    save_anomaly("b/x/1")
+    assert names() == ["a_x_1", "b_x_1", "b_x_2"]
+    files = [save_anomaly(name) for name in ("a/x/b_1", "a/x_b/1")]
+    for message in (
+        refused_naming(files, lambda: data.open_ood(str(tmp_path / "set"), split)),
+        refused_naming(files, lambda: data.open_images("--extra", tmp_path / "set/images", None)),
+    ):
+        assert "a_x_b_1" in message and "rename" in message
+
+
+def test_names_of_images_in_two_folders(tmp_path, folder):
+    split = open_dataset("folder", folder, "val")
+    image, labels = scene(np.random.default_rng(0), classes=2)
+    for town, number in (("t5", 1), ("t5", 2), ("t6", 1)):
+        place = f"{town}/{number}.png"
+        save(tmp_path / "one/test/images/test" / place, image)
+        save(tmp_path / "two/test/annotations/test" / place, np.minimum(labels + 1, 14))
+    spec = f"streethazards:{tmp_path / 'one'}:{tmp_path / 'two'}"
+    assert data.open_ood(spec, split).dataset.names == ["t5_1", "t5_2", "t6_1"]
+
+
+def test_every_data_set_has_names(folder):
+    split = open_dataset("folder", folder, "val", hold_out=["class 1"])
+    for spec in ("pasted", "held-out", "synthetic"):
+        ood = data.open_ood(spec, split)
+        assert len(set(ood.dataset.names)) == len(ood.dataset)
+    assert data.open_ood("pasted", split).dataset.names == split.names == ["0", "1", "2"]
+    assert data.SyntheticScenes("val").names[7] == "val_0007"
+
+
+def test_two_images_with_one_mask_are_refused(tmp_path):
+    write_folder(tmp_path / "folder", train=1)
+    files = [save_pair(tmp_path / "folder", "town/x", suffix) for suffix in ("png", "jpg")]
+    message = refused_naming(files, lambda: open_dataset("folder", tmp_path / "folder", "train"))
+    assert "both have the mask" in message and "remove" in message
+
+    image, labels = scene(np.random.default_rng(0))
+    files = [save(tmp_path / f"train/0001.{suffix}", image) for suffix in ("png", "jpg")]
+    save(tmp_path / "trainannot/0001.png", labels)
+    refused_naming(files, lambda: open_dataset("camvid", tmp_path, "train"))
+    refused_naming(files, lambda: data.open_images("--extra", tmp_path / "train", None))
+
+
+def test_an_image_that_is_listed_twice_is_no_two_images(tmp_path):
+    image, labels = scene(np.random.default_rng(0), classes=21)
+    save(tmp_path / "JPEGImages/1.jpg", image)
+    save(tmp_path / "SegmentationClass/1.png", labels)
+    lists = tmp_path / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("1\n1\n")
+    assert open_dataset("voc", tmp_path, "train").names == ["1", "1"]
 
 
 # ------------------------------------------------------------------------------ bad input
@@ -176,10 +312,8 @@ def test_a_wrong_folder_shows_the_layout(tmp_path, name):
 def test_hold_out(folder):
     whole = open_dataset("folder", folder, "train")
     dataset = open_dataset("folder", folder, "train", hold_out=["class 1"])
-    assert (
-        dataset.classes == ["class 0", "class 2", "class 3"]
-        and dataset.palette[1] == whole.palette[2]
-    )
+    assert dataset.classes == ["class 0", "class 2", "class 3"]
+    assert dataset.palette[1] == whole.palette[2]
     before, after = whole[0].labels, dataset[0].labels
     for old, new in {0: 0, 1: IGNORED, 2: 1, 3: 2, VOID: VOID}.items():
         assert (after[before == old] == new).all()
@@ -200,9 +334,8 @@ def test_views_are_a_function_of_stream_epoch_and_index(folder):
     dataset = open_dataset("folder", folder, "train")
     one, same, other = views(dataset), views(dataset), views(dataset, stream=(4, 5, 6))
     for key in ((0, 0), (3, 1)):
-        assert torch.equal(one[key].images, same[key].images) and torch.equal(
-            one[key].labels, same[key].labels
-        )
+        assert torch.equal(one[key].images, same[key].images)
+        assert torch.equal(one[key].labels, same[key].labels)
         assert not torch.equal(one[key].images, other[key].images)
     assert not torch.equal(one[0, 0].images, one[1, 0].images)
 
@@ -228,11 +361,13 @@ def test_crop_before_resize_equals_resize_before_crop():
     image, labels = Image.fromarray(image), Image.fromarray(labels)
     for scale in (0.5, 0.8, 1.0, 1.7):
         seed = np.random.default_rng(5)
-        part, mask, size = data.random_crop(image, labels, (60, 90), scale, (32, 40), seed)
-        full = round(60 * scale), round(90 * scale)
+        source = data.ImageAndMask(image, labels)
+        part, mask = data.random_crop(source, (60, 90), scale, (32, 40), seed)
+        full = (round(60 * scale), round(90 * scale))
         seed = np.random.default_rng(5)
-        top, left = (int(seed.integers(full[k] - size[k] + 1)) for k in (0, 1))
-        window = (left, top, left + size[1], top + size[0])
+        top = int(seed.integers(full[0] - part.height + 1))
+        left = int(seed.integers(full[1] - part.width + 1))
+        window = (left, top, left + part.width, top + part.height)
         expected = image.resize(full[::-1], Image.Resampling.BILINEAR).crop(window)
         difference = np.abs(np.asarray(part, int) - np.asarray(expected, int))[2:-2, 2:-2]
         assert difference.max() <= 2, scale  # the border's filter sees the crop alone
@@ -261,8 +396,13 @@ def test_scales_are_half_below_and_half_above_one():
     dataset = data.SyntheticScenes("train")
     seen = []
     original = data.random_crop
+
+    def spy(source, image_size, scale, crop_size, rng):
+        seen.append(scale)
+        return original(source, image_size, scale, crop_size, rng)
+
     try:
-        data.random_crop = lambda *a: (seen.append(a[3]), original(*a))[1]
+        data.random_crop = spy
         for epoch in range(200):
             views(dataset)[epoch, 0]
     finally:
@@ -275,14 +415,23 @@ def test_scales_are_half_below_and_half_above_one():
 def test_colour_jitter_changes_colours_alone(folder):
     dataset = open_dataset("folder", folder, "train")
     plain, jittered = views(dataset)[0, 0], views(dataset, jitter=0.2)[0, 0]
-    assert torch.equal(plain.labels, jittered.labels) and not torch.equal(
-        plain.images, jittered.images
-    )
+    assert torch.equal(plain.labels, jittered.labels)
+    assert not torch.equal(plain.images, jittered.images)
 
 
 def paired(dataset, strong, extra=None, repeat=2):
-    settings = dataset, (32, 32), (0.5, 2.0), [1, 2, 3], repeat, 0.0
-    return data.PairedViews(*settings, strong=strong, extra=extra)
+    extra_views = None if extra is None else views(extra, repeat=repeat)
+    return data.PairedViews(views(dataset, repeat=repeat), extra_views, strong)
+
+
+def same_fields(one, other):
+    """Whether two samples or batches agree in every field."""
+    pairs = zip(one, other, strict=True)
+    return all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs)
+
+
+def unflipped(sample):
+    return sample.images.flip(-1) if sample.flip else sample.images
 
 
 def test_paired_views_have_no_labels_and_an_index_of_their_own(folder):
@@ -290,11 +439,10 @@ def test_paired_views_have_no_labels_and_an_index_of_their_own(folder):
     extra = data.open_images("--extra", folder / "images/val", None)
     for strong, more in ((True, None), (False, extra), (True, extra)):
         pairs = paired(dataset, strong, more)
-        assert pairs.indices() == 10
+        assert pairs.num_target_rows() == 10
         for epoch in range(20):
             first, second = pairs[epoch, 3]
-            assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in
-                       zip(first, views(dataset, repeat=2)[epoch, 3], strict=True))  # fmt: skip
+            assert same_fields(first, views(dataset, repeat=2)[epoch, 3])
             assert set(second.labels.unique().tolist()) <= {VOID, IGNORED}
             assert (second.view, second.flip) == (first.view, first.flip)
             assert second.index == 8
@@ -304,17 +452,30 @@ def test_paired_views_have_no_labels_and_an_index_of_their_own(folder):
                 assert not ignored[~padding & ~padding.flip(0)].any()
                 assert not torch.equal(second.images, first.images)
         # with a view its partner comes again, so that targets are kept
-        one, other = ((s.images.flip(-1) if s.flip else s.images)
-                      for s in (pairs[0, 3][1], pairs[2, 3][1]))  # fmt: skip
-        assert torch.equal(one, other)
+        assert torch.equal(unflipped(pairs[0, 3][1]), unflipped(pairs[2, 3][1]))
     strong, either = paired(dataset, True), paired(dataset, True, extra)
-    equal = [torch.equal(strong[e, i][1].images, either[e, i][1].images)
-             for e in range(2) for i in range(5)]  # fmt: skip
+    equal = []
+    for epoch in range(2):
+        for index in range(5):
+            partner = strong[epoch, index][1].images
+            equal.append(torch.equal(partner, either[epoch, index][1].images))
     assert any(equal) and not all(equal)
-    loader = data.training_loader(strong, 2, 0, torch.device("cpu"))
-    batch = next(iter(loader))
+
+
+def test_a_batch_of_pairs_and_its_halves(folder):
+    dataset = open_dataset("folder", folder, "train")
+    pairs = paired(dataset, True)
+    cpu = torch.device("cpu")
+    batch = next(iter(data.training_loader(pairs, 2, 0, cpu)))
     assert batch.images.shape == (4, 3, 32, 32) and batch.labels.shape == (4, 32, 32)
     assert (batch.index[2:] == batch.index[:2] + 5).all() and batch.images.dtype == torch.uint8
+
+    labelled, unlabelled = data.split_pairs(batch)
+    alone = next(iter(data.training_loader(views(dataset, repeat=2), 2, 0, cpu)))
+    assert same_fields(labelled, alone)
+    expected = [pairs[0, int(index)][1] for index in alone.index]
+    assert same_fields(unlabelled, torch.utils.data.default_collate(expected))
+    assert (unlabelled.labels >= IGNORED).all()
 
 
 def test_what_is_held_out_stays_out_of_a_strong_view_where_it_is_pasted():
@@ -333,6 +494,7 @@ def test_what_is_held_out_stays_out_of_a_strong_view_where_it_is_pasted():
 def test_extra_images_keep_their_proportions(tmp_path):
     Image.new("RGB", (60, 20)).save(tmp_path / "wide.png")
     extra = data.open_images("--extra", tmp_path, (10, 12))
+    assert extra[0].labels.shape == (20, 60) and (extra[0].labels == VOID).all()
     views = TrainingViews(extra, (10, 40), (1.0, 1.0), [1, 2, 3])
     assert ((views[0, 0].labels != IGNORED).sum(1) == torch.tensor([30] * 10)).all()
     with pytest.raises(DataError, match="--extra .*: no image is there"):
@@ -346,7 +508,8 @@ def batches(dataset, workers, epochs=2, start=0):
     loader = data.training_loader(views(dataset), 2, workers, torch.device("cpu"))
     result = []
     for epoch in range(epochs):
-        loader.batch_sampler.epoch, loader.batch_sampler.start = epoch, start
+        loader.batch_sampler.epoch = epoch
+        loader.batch_sampler.start = start
         result += [(batch.images, batch.labels, batch.index, batch.flip) for batch in loader]
     return result
 
@@ -398,6 +561,25 @@ def test_batches(length, size, expected):
 def test_a_single_image_is_refused():
     with pytest.raises(DataError, match="at least 2"):
         EpochBatches(1, 8, [1])
+    with pytest.raises(DataError, match="a batch of 3 of the 9 training images.*2 processes"):
+        EpochBatches(9, 3, [1], rank=0, world=2)
+
+
+def test_processes_share_each_batch(folder):
+    whole = list(EpochBatches(11, 4, [1]))
+    shares = [list(EpochBatches(11, 4, [1], rank, 2)) for rank in range(2)]
+    assert len(shares[0]) == len(shares[1]) == 2  # three images are too few for two processes
+    for batch, first, second in zip(whole[:2], *shares, strict=True):
+        assert first == batch[::2] and second == batch[1::2]
+
+    dataset = open_dataset("folder", folder, "train")
+    seen = []
+    for rank in range(2):
+        loader = data.evaluation_loader(dataset, 2, 0, torch.device("cpu"), rank, 2)
+        seen.append([index for runs in loader for run in runs for index in run.index.tolist()])
+    assert seen == [[0, 2, 4], [1, 3]]
+    loader = data.training_loader(views(dataset), 4, 0, torch.device("cpu"), 1, 2)
+    assert [len(batch.index) for batch in loader] == [2]
 
 
 def test_evaluation_batches_hold_equal_sizes(tmp_path):
@@ -433,11 +615,8 @@ def test_scenes_show_every_class():
 @pytest.mark.parametrize("size", [(32, 48), (97, 65), (180, 240)])
 def test_scenes_of_any_size(size):
     image, labels = data.draw_scene(np.random.default_rng(0), size)
-    assert (
-        image.shape == (*size, 3)
-        and labels.shape == size
-        and image.dtype == labels.dtype == np.uint8
-    )
+    assert image.shape == (*size, 3) and labels.shape == size
+    assert image.dtype == labels.dtype == np.uint8
 
 
 def test_ood_scenes_have_masks():
@@ -465,50 +644,75 @@ def test_decoded_files_change_no_sample(tmp_path, folder):
     image, labels = scene(np.random.default_rng(1), (61, 33))
     save(folder / "images/train/odd.png", image)
     save(folder / "labels/train/odd.png", labels)
-    plain, cached = (open_dataset("folder", folder, "train", image_size=(50, 70)) for _ in "ab")
-    data.keep_decoded(cached, tmp_path / "cache")
-    size = sum(Image.open(path).size[0] * Image.open(path).size[1] * 4 for path in plain.images)
+    plain = open_dataset("folder", folder, "train", image_size=(50, 70))
+    cached = open_dataset("folder", folder, "train", image_size=(50, 70))
+    data.cache_decoded(cached, tmp_path / "cache")
+    size = 0
+    for path in plain.images:
+        width, height = Image.open(path).size
+        size += 4 * width * height
     (kept,) = (tmp_path / "cache").glob("*.bin")
     assert kept.stat().st_size == size
+    assert cached[0].index == 0 and cached.decoded.bytes is not None
     cached = pickle.loads(pickle.dumps(cached))  # as for a worker
     assert cached.decoded.bytes is None
     for index in range(len(plain)):
-        for one, other in zip(plain[index], cached[index], strict=True):
-            assert one == other if isinstance(one, int) else torch.equal(one, other)
-        for one, other in zip(
-            views(plain, (24, 40))[3, index], views(cached, (24, 40))[3, index], strict=True
-        ):
-            assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+        assert same_fields(plain[index], cached[index])
+        assert same_fields(views(plain, (24, 40))[3, index], views(cached, (24, 40))[3, index])
+        for one, other in zip(plain.read(index), cached.read(index), strict=True):
+            assert one.mode == other.mode and one.size == other.size
+            np.testing.assert_array_equal(one, other)
 
 
 def test_a_changed_file_makes_the_cache_anew(tmp_path, folder):
     def sample():
         dataset = open_dataset("folder", folder, "val")
-        data.keep_decoded(dataset, tmp_path)
-        return dataset[0].image
+        data.cache_decoded(dataset, tmp_path)
+        return dataset[0]
 
-    before = sample()
-    stamp = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.bin")}
-    assert torch.equal(sample(), before)  # read, not made again
-    assert stamp == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.bin")}
+    def stamps():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.bin")}
+
+    before = sample().image
+    stamp = stamps()
+    assert len(stamp) == 1
+    assert torch.equal(sample().image, before)  # read, not made again
+    assert stamps() == stamp
     image = np.asarray(Image.open(folder / "images/val/0.png"))
     save(folder / "images/val/0.png", 255 - image)
-    assert torch.equal(sample(), 255 - before)
+    assert torch.equal(sample().image, 255 - before)
+    mask = np.array(Image.open(folder / "labels/val/0.png"))
+    mask[-1] = VOID
+    save(folder / "labels/val/0.png", mask)
+    assert (sample().labels[-1] == VOID).all()
 
 
 def test_a_cache_that_could_not_be_finished_leaves_nothing(tmp_path, folder):
     dataset = open_dataset("folder", folder, "val")
     (folder / "images/val/2.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="2.png"):
-        data.keep_decoded(dataset, tmp_path / "cache")
+        data.cache_decoded(dataset, tmp_path / "cache")
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
+    assert dataset.decoded is None
     with pytest.raises(DataError, match="drawn scenes"):
-        data.keep_decoded(data.SyntheticScenes("val"), tmp_path)
+        data.cache_decoded(data.SyntheticScenes("val"), tmp_path)
+
+
+def test_a_fingerprint_tells_path_size_and_time(tmp_path):
+    first = tmp_path / "a"
+    first.write_text("one")
+    before = data.fingerprint([first])
+    assert len(before) == 16 and data.fingerprint([first]) == before
+    os.utime(first, (0, 0))
+    assert data.fingerprint([first]) != before
+    first.rename(tmp_path / "b")
+    assert len({before, data.fingerprint([tmp_path / "b"]), data.fingerprint([])}) == 3
+    assert data.fingerprint(data.SyntheticScenes("train").images) == data.fingerprint([])
 
 
 def fill(number, folder, cache):
     dataset = open_dataset("folder", folder, "train")
-    data.keep_decoded(dataset, cache)
+    data.cache_decoded(dataset, cache)
     np.save(cache / f"process{number}.npy", dataset[4].image.numpy())
 
 

@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,49 +56,56 @@ def make_batch(images=4, seed=0, height=12, width=17):
         "labels": labels,
         "prediction": probs.argmax(1),
         "uncertainty": uncertainty,
-        "other": (0.7 * uncertainty + 0.3 * noise * uncertainty),
+        "teacher": 0.7 * uncertainty + 0.3 * noise * uncertainty,
     }
 
 
-def arguments(name, b):
-    valid = b["labels"] < C
+def arguments_of(name, batch):
+    """What `update` of the accumulator `name` takes of a batch."""
+    probs = batch["probs"]
+    labels = batch["labels"]
+    prediction = batch["prediction"]
+    uncertainty = batch["uncertainty"]
+    valid = labels < C
     return {
-        "confusion": (b["prediction"], b["labels"]),
-        "proper": (b["probs"], b["labels"]),
-        "calibration": (b["probs"], b["labels"]),
-        "detection": (b["uncertainty"], b["prediction"] != b["labels"], valid),
-        "selective": (b["uncertainty"], b["prediction"] == b["labels"], valid),
-        "rejection": (b["uncertainty"], b["prediction"], b["labels"]),
-        "class": (b["uncertainty"], b["prediction"], b["labels"]),
-        "fidelity": (b["uncertainty"], b["other"], valid),
+        "confusion": (prediction, labels),
+        "proper": (probs, labels),
+        "calibration": (probs, labels),
+        "detection": (uncertainty, prediction != labels, valid),
+        "selective": (uncertainty, prediction == labels, valid),
+        "rejection": (uncertainty, prediction, labels),
+        "class": (uncertainty, prediction, labels),
+        "fidelity": (uncertainty, batch["teacher"], valid),
     }[name]
 
 
-def run(name, *batches, **kwargs):
+def accumulate(name, *batches, **kwargs):
+    """An accumulator that has seen these batches."""
     accumulator = ACCUMULATORS[name](**kwargs)
     for batch in batches:
-        accumulator.update(*arguments(name, batch))
+        accumulator.update(*arguments_of(name, batch))
     return accumulator
 
 
-def take(batch, index):
+def select_images(batch, index):
+    """Some of a batch's images; index: a list or a slice."""
     return {key: x[index] for key, x in batch.items()}
 
 
-def flatten(value):
+def numbers_of(value):
     """All numbers of a nested result."""
     if isinstance(value, dict):
-        return [x for v in value.values() for x in flatten(v)]
+        return [x for v in value.values() for x in numbers_of(v)]
     if isinstance(value, list):
-        return [x for v in value for x in flatten(v)]
+        return [x for v in value for x in numbers_of(v)]
     return [value]
 
 
 def assert_close(a, b, tolerance=1e-9):
-    np.testing.assert_allclose(flatten(a), flatten(b), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(numbers_of(a), numbers_of(b), rtol=tolerance, atol=tolerance)
 
 
-# ---------------------------------------------------------------- brute force
+# ------------------------------------------------------------------ brute force
 
 
 def oracle_detection(scores, positives):
@@ -109,9 +118,7 @@ def oracle_detection(scores, positives):
         fpr.append(fp / n)
         tpr.append(tp / p)
         precision.append(tp / (tp + fp))
-    auroc = sum(
-        (fpr[i] - fpr[i - 1]) * (tpr[i] + tpr[i - 1]) / 2 for i in range(1, len(fpr))
-    )
+    auroc = sum((fpr[i] - fpr[i - 1]) * (tpr[i] + tpr[i - 1]) / 2 for i in range(1, len(fpr)))
     ap = sum((tpr[i] - tpr[i - 1]) * precision[i] for i in range(1, len(tpr)))
     fpr95 = next(f for f, t in zip(fpr, tpr, strict=True) if t >= 0.95)
     return {"auroc": auroc, "ap": ap, "fpr95": fpr95}
@@ -119,12 +126,13 @@ def oracle_detection(scores, positives):
 
 def oracle_risks(u, wrong):
     """Expected risk at k = 1..N by walking pixel by pixel through the ties. -> float64 [N]"""
-    risks, errors, done = [], 0.0, 0
+    risks = []
+    errors = 0.0
     for value in sorted(set(u.tolist())):
         tie = wrong[u == value]
         for _ in range(len(tie)):
-            errors, done = errors + tie.mean(), done + 1
-            risks.append(errors / done)
+            errors += tie.mean()
+            risks.append(errors / (len(risks) + 1))
     return np.array(risks)
 
 
@@ -141,7 +149,8 @@ def oracle_certainty(u, wrong, threshold):
 
 def oracle_rejection(u, prediction, labels, keep):
     """Each pixel has a weight: 1 below the limit, a share inside the tie that it cuts, 0 above."""
-    weights, left = np.zeros(len(u)), keep
+    weights = np.zeros(len(u))
+    left = keep
     for value in sorted(set(u.tolist())):
         tie = u == value
         weights[tie] = min(1.0, left / tie.sum())
@@ -201,8 +210,10 @@ def test_detection_equals_scikit_learn(case):
     positives = torch.rand(len(scores), generator=torch.Generator().manual_seed(5)) < 0.3
     accumulator = Detection()
     accumulator.update(scores, positives)
-    result, curves = accumulator.compute(), accumulator.curves()
-    y, s = positives.numpy(), scores.double().numpy()
+    result = accumulator.compute()
+    curves = accumulator.curves()
+    y = positives.numpy()
+    s = scores.double().numpy()
     assert result["auroc"] == pytest.approx(sk.roc_auc_score(y, s), abs=1e-6)
     assert result["ap"] == pytest.approx(sk.average_precision_score(y, s), abs=1e-6)
     fpr, tpr, thresholds = sk.roc_curve(y, s, drop_intermediate=False)
@@ -223,8 +234,10 @@ def test_selective_prediction_equals_brute_force(case):
     accumulator = SelectivePrediction()
     accumulator.update(u, ~wrong)
     result = accumulator.compute()
-    u, wrong = as_float16(u), wrong.numpy()
-    risks, r = oracle_risks(u, wrong), wrong.mean()
+    u = as_float16(u)
+    wrong = wrong.numpy()
+    risks = oracle_risks(u, wrong)
+    r = wrong.mean()
     assert_close(result["aurc"], risks.mean())
     assert_close(result["eaurc"], risks.mean() - (r + (1 - r) * math.log(1 - r)))
     curve = result["risk_coverage"]
@@ -239,8 +252,8 @@ def test_selective_prediction_equals_brute_force(case):
         thresholds = [u.min() + t / 20 * (u.max() - u.min()) for t in range(21)]
     np.testing.assert_allclose(result["sweep"]["threshold"], thresholds)
     if np.isfinite(thresholds).all():
-        expected = zip(*(oracle_certainty(u, wrong, t) for t in thresholds), strict=True)
-        assert_close([result["sweep"][k] for k in names], [list(x) for x in expected])
+        expected = np.array([oracle_certainty(u, wrong, t) for t in thresholds])  # [21, 3]
+        assert_close([result["sweep"][k] for k in names], expected.T.tolist())
     else:
         assert np.isnan(result["sweep"]["pavpu"]).any()
 
@@ -284,7 +297,9 @@ def test_rejection_equals_brute_force(case):
     accumulator.update(u, prediction, labels)
     result = accumulator.compute()
     valid = (labels < C).numpy()
-    u, prediction, labels = as_float16(u)[valid], prediction.numpy()[valid], labels.numpy()[valid]
+    u = as_float16(u)[valid]
+    prediction = prediction.numpy()[valid]
+    labels = labels.numpy()[valid]
     assert result["n"] == len(u)
     for tenth in range(10):
         miou, classes = oracle_rejection(u, prediction, labels, len(u) * (10 - tenth) / 10)
@@ -294,25 +309,25 @@ def test_rejection_equals_brute_force(case):
 
 def test_a_rejection_curve_knows_detection_and_selective_prediction_of_errors():
     batches = [make_batch(seed=seed) for seed in range(3)]
-    rejection = run("rejection", *batches)
-    for name, found in zip(("detection", "selective"), rejection.errors(), strict=True):
+    rejection = accumulate("rejection", *batches)
+    detection, selective = rejection.error_metrics()
+    for name, derived in (("detection", detection), ("selective", selective)):
         alone = ACCUMULATORS[name]()
-        for b in batches:
-            right, valid = b["prediction"] == b["labels"], b["labels"] < C
-            alone.update(b["uncertainty"], right if name == "selective" else ~right, valid)
-        assert torch.equal(found.state["histogram"][:2], alone.state["histogram"][:2])
-        assert found.compute() == alone.compute()
+        for batch in batches:
+            alone.update(*arguments_of(name, batch))
+        assert torch.equal(derived.state["histogram"][:2], alone.state["histogram"][:2])
+        assert derived.compute() == alone.compute()
 
 
 def test_rejection_begins_at_the_miou():
     batch = make_batch()
-    first = run("rejection", batch).compute()["rejection"][0]
-    assert first == pytest.approx(run("confusion", batch).compute()["miou"], abs=1e-12)
+    first = accumulate("rejection", batch).compute()["rejection"][0]
+    assert first == pytest.approx(accumulate("confusion", batch).compute()["miou"], abs=1e-12)
 
 
 def test_calibration_equals_brute_force():
     batch = make_batch(8)
-    result = run("calibration", batch).compute()
+    result = accumulate("calibration", batch).compute()
     valid = (batch["labels"] < C).numpy()
     confidence = batch["probs"].amax(1).double().numpy()[valid]
     right = (batch["prediction"] == batch["labels"]).numpy()[valid]
@@ -336,7 +351,7 @@ def test_calibration_equals_brute_force():
 
 def test_proper_scores_equal_brute_force():
     batch = make_batch(8)
-    result = run("proper", batch).compute()
+    result = accumulate("proper", batch).compute()
     valid = (batch["labels"] < C).numpy()
     probs = batch["probs"].double().permute(0, 2, 3, 1).numpy()[valid]  # [N, C]
     labels = batch["labels"].numpy()[valid]
@@ -397,7 +412,7 @@ def test_pearson_survives_a_small_spread():
     assert accumulator.compute()["pearson"] == pytest.approx(expected, abs=1e-6)
 
 
-# ---------------------------------------------------------------- by hand
+# ------------------------------------------------------------------ by hand
 
 
 def test_confusion_by_hand():
@@ -585,7 +600,75 @@ def test_scores_by_hand():
     torch.testing.assert_close(metrics.predictive_entropy(last), metrics.predictive_entropy(maps))
 
 
-# ---------------------------------------------------------------- float16's order
+# ------------------------------------------------------------------ the two tables of scores
+
+
+def test_free_scores_are_those_of_the_table():
+    logits = torch.randn(2, C, 4, 3, generator=torch.Generator().manual_seed(1))
+    probs = logits.softmax(1)
+    scores = metrics.free_scores(logits, probs)
+    assert list(scores) == ["entropy", "msp", "max_logit", "energy"] == list(metrics.FREE_SCORES)
+    assert torch.equal(scores["entropy"], metrics.predictive_entropy(probs))
+    assert torch.equal(scores["msp"], metrics.max_softmax(probs))
+    assert torch.equal(scores["max_logit"], metrics.max_logit(logits))
+    assert torch.equal(scores["energy"], metrics.energy(logits))
+
+
+def statistics_of(members):
+    """A prediction as `ensemble_measures` takes it. members: their probs [M, B, C, H, W]."""
+    probs = members.mean(0)
+    predicted_class = probs.argmax(1, keepdim=True)
+    std = members.std(0).gather(1, predicted_class).squeeze(1)
+    entropies = [metrics.predictive_entropy(member) for member in members]
+    expected_entropy = torch.stack(entropies).mean(0)
+    return SimpleNamespace(probs=probs, std=std, expected_entropy=expected_entropy)
+
+
+def test_ensemble_measures_are_those_of_the_table():
+    generator = torch.Generator().manual_seed(2)
+    prediction = statistics_of(torch.randn(3, 2, C, 4, 3, generator=generator).softmax(2))
+    assert list(metrics.MEASURES) == ["std", "entropy", "mutual_information", "msp"]
+    measures = metrics.ensemble_measures(prediction, ["msp", "std", "mutual_information"])
+    assert list(measures) == ["msp", "std", "mutual_information"]
+    assert measures["std"] is prediction.std
+    assert torch.equal(measures["msp"], metrics.max_softmax(prediction.probs))
+    information = metrics.mutual_information(prediction.probs, prediction.expected_entropy)
+    assert torch.equal(measures["mutual_information"], information)
+    entropy = metrics.ensemble_measures(prediction, ["entropy"])["entropy"]
+    assert torch.equal(entropy, metrics.predictive_entropy(prediction.probs))
+
+
+def test_what_a_student_learns_reaches_its_largest_value_and_no_more():
+    certain = torch.eye(C)[
+        :, None, :, None, None
+    ]  # [M = C, 1, C, 1, 1], each sure of another class
+    uniform = torch.full((2, 1, C, 1, 1), 1 / C)
+    reached = {name: [] for name in metrics.MEASURES}
+    for members in (certain, certain[:2], uniform):
+        prediction = statistics_of(members)
+        for name, values in metrics.ensemble_measures(prediction, metrics.MEASURES).items():
+            reached[name].append(values.item() / metrics.MEASURES[name].scale(C))
+    assert max(reached["std"]) == pytest.approx(metrics.MEASURES["std"].largest)
+    assert max(reached["entropy"]) == pytest.approx(metrics.MEASURES["entropy"].largest)
+    information = metrics.MEASURES["mutual_information"]
+    assert max(reached["mutual_information"]) == pytest.approx(information.largest)
+    assert max(reached["msp"]) == pytest.approx(1 - 1 / C)  # below its largest, for many classes
+    assert information.scale(C) == metrics.MEASURES["entropy"].scale(C) == math.log(C)
+    assert metrics.MEASURES["std"].scale(C) == metrics.MEASURES["msp"].scale(C) == 1.0
+    needing = [name for name, measure in metrics.MEASURES.items() if measure.needs_expected_entropy]
+    assert needing == ["mutual_information"]
+
+
+def test_the_tests_that_docstrings_name_exist():
+    folder = Path(__file__).parent
+    named = set(re.findall(r"\btest_\w+\b(?!\.py)", Path(metrics.__file__).read_text()))
+    defined = set()
+    for path in folder.glob("test_*.py"):
+        defined |= set(re.findall(r"^def (test_\w+)", path.read_text(), flags=re.MULTILINE))
+    assert len(named) > 20 and named <= defined
+
+
+# ------------------------------------------------------------------ float16's order
 
 
 def test_buckets_are_in_the_order_of_all_float16_values():
@@ -599,7 +682,7 @@ def test_buckets_are_in_the_order_of_all_float16_values():
     assert (np.diff(v[order]) >= 0).all()
     assert len(set(b.tolist())) == len(b) - 1  # the two zeros are one score
     nan = bucket[~real]
-    assert ((nan < metrics.LOWEST) | (nan > metrics.HIGHEST)).all()
+    assert ((nan < metrics.LOWEST_BUCKET) | (nan > metrics.HIGHEST_BUCKET)).all()
     assert nan.min() >= 0 and nan.max() < 65536
     assert np.isnan(metrics.bucket_values()[nan.numpy()]).all()
 
@@ -607,14 +690,14 @@ def test_buckets_are_in_the_order_of_all_float16_values():
 @pytest.mark.parametrize("name", ["detection", "selective", "rejection", "class", "fidelity"])
 def test_nan_scores_raise_with_their_number_but_not_where_void(name):
     batch = make_batch()
-    clean = run(name, batch).compute()
+    clean = accumulate(name, batch).compute()
     void = (batch["labels"] >= C).nonzero()
     u = batch["uncertainty"].clone()
     u[tuple(void.T)] = NAN
-    assert_close(run(name, dict(batch, uncertainty=u)).compute(), clean, 1e-12)
+    assert_close(accumulate(name, dict(batch, uncertainty=u)).compute(), clean, 1e-12)
     real = (batch["labels"] < C).nonzero()[:3]
     u[tuple(real.T)] = torch.tensor([NAN, -NAN, NAN])
-    accumulator = run(name, dict(batch, uncertainty=u))
+    accumulator = accumulate(name, dict(batch, uncertainty=u))
     with pytest.raises(ValueError, match=r"^3 of \d+ scores are NaN"):
         accumulator.compute()
 
@@ -629,15 +712,15 @@ def test_thin_curve_keeps_ends_and_shape():
     assert metrics.thin_curve(x[:7], y[:7]).tolist() == list(range(7))
 
 
-# ---------------------------------------------------------------- promises of all accumulators
+# ------------------------------------------------------------------ promises of all accumulators
 
 
 @pytest.mark.parametrize("name", ACCUMULATORS)
 def test_batch_size_and_order_change_nothing(name):
     batch = make_batch(6)
-    whole = run(name, batch)
-    single = run(name, *(take(batch, [i]) for i in (3, 0, 5, 1, 4, 2)))
-    pairs = run(name, take(batch, slice(4, 6)), take(batch, slice(0, 4)))
+    whole = accumulate(name, batch)
+    single = accumulate(name, *(select_images(batch, [i]) for i in (3, 0, 5, 1, 4, 2)))
+    pairs = accumulate(name, select_images(batch, slice(4, 6)), select_images(batch, slice(0, 4)))
     for other in (single, pairs):
         for key, state in whole.state.items():
             if state.dtype == torch.int64:
@@ -651,13 +734,13 @@ def test_batch_size_and_order_change_nothing(name):
 def test_undefined_is_nan_and_a_result_is_plain(name):
     batch = make_batch()
     void = dict(batch, labels=torch.full_like(batch["labels"], 255))
-    for result in (run(name).compute(), run(name, void).compute()):
+    for result in (accumulate(name).compute(), accumulate(name, void).compute()):
         assert result.pop("n") == 0
         for key in ("positives", "bins", "sweep", "rejection_classes"):
             result.pop(key, None)
-        assert all(math.isnan(x) for x in flatten(result))
-    result = run(name, batch).compute()
-    assert {type(x) for x in flatten(result)} <= {int, float}
+        assert all(math.isnan(x) for x in numbers_of(result))
+    result = accumulate(name, batch).compute()
+    assert {type(x) for x in numbers_of(result)} <= {int, float}
     json.dumps(result)
     assert result["n"] == int((batch["labels"] < C).sum())
 
@@ -678,49 +761,55 @@ def test_void_pixels_never_count(name):
     other = {key: x.clone() for key, x in batch.items()}
     other["prediction"][void] = 2
     other["uncertainty"][void] = 123.0
-    other["other"][void] = -0.5
+    other["teacher"][void] = -0.5
     other["probs"].permute(0, 2, 3, 1)[void] = torch.tensor([0.1, 0.1, 0.6, 0.1, 0.1])
-    assert_close(run(name, other).compute(), run(name, batch).compute(), 1e-12)
+    assert_close(accumulate(name, other).compute(), accumulate(name, batch).compute(), 1e-12)
 
 
 @pytest.mark.parametrize("name", ACCUMULATORS)
 def test_any_shape_and_float_type(name):
     batch = make_batch()
     batch["probs"] = batch["probs"].half()
-    batch["uncertainty"], batch["other"] = batch["uncertainty"].half(), batch["other"].half()
-    expected = run(name, batch).compute()
+    batch["uncertainty"] = batch["uncertainty"].half()
+    batch["teacher"] = batch["teacher"].half()
+    expected = accumulate(name, batch).compute()
     wide = {k: x.double() if x.is_floating_point() else x.long() for k, x in batch.items()}
-    assert_close(run(name, wide).compute(), expected, 1e-6)
+    assert_close(accumulate(name, wide).compute(), expected, 1e-6)
     flat = {k: x.flatten(1) if k != "probs" else x.flatten(2) for k, x in batch.items()}
-    assert_close(run(name, flat).compute(), expected, 1e-6)
+    assert_close(accumulate(name, flat).compute(), expected, 1e-6)
     strided = {k: torch.stack([x, x], -1)[..., 0] for k, x in batch.items()}
     assert not strided["uncertainty"].is_contiguous()
-    assert_close(run(name, strided).compute(), expected, 1e-6)
+    assert_close(accumulate(name, strided).compute(), expected, 1e-6)
 
 
 @pytest.mark.parametrize("name", ACCUMULATORS)
 def test_state_does_not_grow_and_reset_forgets(name):
     batch = make_batch()
-    accumulator = run(name)
-    before = {k: (x.shape, x.dtype, x.untyped_storage().nbytes()) for k, x in
-              accumulator.state.items()}
+    accumulator = accumulate(name)
+
+    def storage():
+        return {
+            key: (state.shape, state.dtype, state.untyped_storage().nbytes())
+            for key, state in accumulator.state.items()
+        }
+
+    before = storage()
     for _ in range(3):
-        accumulator.update(*arguments(name, batch))
-    after = {k: (x.shape, x.dtype, x.untyped_storage().nbytes()) for k, x in
-             accumulator.state.items()}
+        accumulator.update(*arguments_of(name, batch))
+    after = storage()
     assert before == after
     tensors = {k for k, x in vars(accumulator).items() if isinstance(x, torch.Tensor | list)}
     assert not tensors
     accumulator.reset()
-    accumulator.update(*arguments(name, batch))
-    assert_close(accumulator.compute(), run(name, batch).compute(), 0)
+    accumulator.update(*arguments_of(name, batch))
+    assert_close(accumulator.compute(), accumulate(name, batch).compute(), 0)
 
 
 @pytest.mark.parametrize("name", ACCUMULATORS)
 def test_update_never_waits_for_the_device(name):
     """A meta tensor has no values: whatever would bring one to the host raises."""
     batch = {key: x.to("meta") for key, x in make_batch().items()}
-    accumulator = run(name, batch, batch)
+    accumulator = accumulate(name, batch, batch)
     assert all(x.device.type == "meta" for x in accumulator.state.values())
 
 
@@ -728,29 +817,22 @@ def test_update_never_waits_for_the_device(name):
 def test_lanes_of_other_devices_count_the_same(name, monkeypatch):
     """The way that other devices count, run on the CPU."""
     batch = make_batch()
-    expected = run(name, batch).compute()
-
-    source = metrics._count.__code__
-    assert "cpu" in source.co_consts
-    constants = tuple("nowhere" if x == "cpu" else x for x in source.co_consts)
-    other = type(metrics._count)(
-        source.replace(co_consts=constants), vars(metrics), "_count", (None,)
-    )
-    monkeypatch.setattr(metrics, "_count", other)
-    assert_close(run(name, batch).compute(), expected, 1e-9)
+    expected = accumulate(name, batch).compute()
+    monkeypatch.setattr(metrics, "_histogram_of", metrics._histogram_in_lanes)
+    assert_close(accumulate(name, batch).compute(), expected, 1e-9)
 
 
 @pytest.mark.parametrize("name", ACCUMULATORS)
 def test_inference_mode_and_gradients(name):
     batch = make_batch()
     with torch.inference_mode():
-        accumulator = run(name, batch)
+        accumulator = accumulate(name, batch)
         accumulator.reset()
-    accumulator.update(*arguments(name, batch))
+    accumulator.update(*arguments_of(name, batch))
     with torch.inference_mode():
-        accumulator.update(*arguments(name, take(batch, slice(0, 1))))
+        accumulator.update(*arguments_of(name, select_images(batch, slice(0, 1))))
     grad = {k: x.clone().requires_grad_() if x.is_floating_point() else x for k, x in batch.items()}
-    accumulator.update(*arguments(name, grad))
+    accumulator.update(*arguments_of(name, grad))
     assert not any(x.requires_grad for x in accumulator.state.values())
     accumulator.compute()
 
@@ -773,13 +855,18 @@ def reduce_process(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = {}
     for name in ACCUMULATORS:
-        # the shares are unequal, and process 1 sees a batch that process 0 does not
-        mine = [take(make_batch(5), slice(0, 1))] if rank == 0 else [
-            take(make_batch(5), slice(1, 3)), take(make_batch(5), slice(3, 5))]
-        accumulator = run(name, *mine)
+        # The shares are unequal, and process 1 sees a batch that process 0 does not.
+        batch = make_batch(5)
+        if rank == 0:
+            mine = [select_images(batch, slice(0, 1))]
+        else:
+            mine = [select_images(batch, slice(1, 3)), select_images(batch, slice(3, 5))]
+        accumulator = accumulate(name, *mine)
         accumulator.all_reduce()
         results[name] = accumulator.state
-    empty = run("detection", *([make_batch()] if rank else []))
+    empty = accumulate("detection")
+    if rank == 1:  # process 0 sees no batch at all
+        empty.update(*arguments_of("detection", make_batch()))
     empty.all_reduce()
     results["empty"] = empty.state
     torch.save(results, f"{folder}/{rank}.pt")
@@ -789,8 +876,8 @@ def reduce_process(rank, folder):
 def test_two_processes_equal_one(tmp_path):
     torch.multiprocessing.spawn(reduce_process, (str(tmp_path),), nprocs=2)
     both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    expected = {name: run(name, make_batch(5)).state for name in ACCUMULATORS}
-    expected["empty"] = run("detection", make_batch()).state
+    expected = {name: accumulate(name, make_batch(5)).state for name in ACCUMULATORS}
+    expected["empty"] = accumulate("detection", make_batch()).state
     for name, states in expected.items():
         for key, state in states.items():
             for rank in (0, 1):
@@ -801,7 +888,7 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def test_all_reduce_alone_does_nothing():
-    accumulator = run("confusion", make_batch())
+    accumulator = accumulate("confusion", make_batch())
     before = accumulator.state["matrix"].clone()
     accumulator.all_reduce()
     assert torch.equal(accumulator.state["matrix"], before)
@@ -812,10 +899,10 @@ def test_all_reduce_alone_does_nothing():
 def test_cuda_equals_cpu_without_waiting(name):
     batch = make_batch()
     cuda = {key: x.cuda() for key, x in batch.items()}
-    accumulator = run(name, cuda)  # the first update makes the state
+    accumulator = accumulate(name, cuda)  # the first update makes the state
     torch.cuda.set_sync_debug_mode("error")
     try:
-        accumulator.update(*arguments(name, cuda))
+        accumulator.update(*arguments_of(name, cuda))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert_close(accumulator.compute(), run(name, batch, batch).compute(), 1e-6)
+    assert_close(accumulator.compute(), accumulate(name, batch, batch).compute(), 1e-6)

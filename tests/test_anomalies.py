@@ -103,10 +103,15 @@ def split(folder):
 
 
 def test_an_input_keeps_the_proportions_of_its_image():
-    for size, wanted in (((720, 1280), (180, 320)), ((90, 60), (180, 120)), ((1, 1), (180, 180)),
-                         ((1, 5000), (1, 960)), ((5000, 1), (180, 1))):  # fmt: skip
-        assert data.in_proportion(Image.new("L", size[::-1]), (180, 240)) == wanted
-    assert data.in_proportion(Image.new("L", (7, 5)), None) == (5, 7)
+    for size, wanted in (
+        ((720, 1280), (180, 320)),
+        ((90, 60), (180, 120)),
+        ((1, 1), (180, 180)),
+        ((1, 5000), (1, 960)),
+        ((5000, 1), (180, 1)),
+    ):
+        assert data.proportional_size(Image.new("L", size[::-1]), (180, 240)) == wanted
+    assert data.proportional_size(Image.new("L", (7, 5)), None) == (5, 7)
 
 
 # ------------------------------------------------------------------------------ layouts
@@ -123,7 +128,7 @@ def test_layout(name, tmp_path, split):
     sample = ood.dataset[0]
     np.testing.assert_array_equal(sample.labels, labels)
     assert sample.image.shape == (3, 12, 16)  # the height of --image-size, proportions kept
-    assert ood.dataset.stem(0) == TREES[name][0].rpartition("/")[2].rpartition(".")[0]
+    assert ood.dataset.names[0] == TREES[name][0].rpartition("/")[2].rpartition(".")[0]
     if name == "fishyscapes-static":
         sums = (IMAGE.astype(int) + pixels).clip(0, 255)
         np.testing.assert_array_equal(np.asarray(ood.dataset.read(0)[0]), sums)
@@ -160,7 +165,7 @@ def test_streethazards_stems_that_repeat(tmp_path, split):
         write(tmp_path, f"test/images/test/{town}/1.png", IMAGE)
         write(tmp_path, f"test/annotations/test/{town}/1.png", np.ones(SIZE, np.uint8))
     dataset = open_ood(f"streethazards:{tmp_path}", split).dataset
-    assert [dataset.stem(i) for i in range(2)] == ["t5_1", "t6_1"]
+    assert dataset.names == ["t5_1", "t6_1"]
 
 
 @pytest.mark.parametrize("name", OOD_LAYOUTS)
@@ -208,10 +213,13 @@ def test_every_bad_ood_set_is_one_line(tmp_path, split):
 def test_images_of_any_size_and_mode(tmp_path, split):
     grey = Image.fromarray(IMAGE[..., 0])
     images = {
-        "grey.png": grey, "palette.png": Image.fromarray(IMAGE).quantize(), "odd.webp": grey,
+        "grey.png": grey,
+        "palette.png": Image.fromarray(IMAGE).quantize(),
+        "odd.webp": grey,
         "alpha.png": Image.fromarray(IMAGE).convert("RGBA"),
-        "print.jpg": Image.fromarray(IMAGE).convert("CMYK"), "point.bmp": grey.crop((0, 0, 1, 1)),
-    }  # fmt: skip
+        "print.jpg": Image.fromarray(IMAGE).convert("CMYK"),
+        "point.bmp": grey.crop((0, 0, 1, 1)),
+    }
     for name, image in images.items():
         (tmp_path / "images").mkdir(exist_ok=True)
         image.save(tmp_path / "images" / name)
@@ -225,7 +233,7 @@ def test_images_of_any_size_and_mode(tmp_path, split):
     assert len(dataset) == 7
     for image, labels, index in (dataset[i] for i in range(7)):
         height, width = labels.shape
-        assert image.shape == (3, 12, max(1, round(12 * width / height))), dataset.stem(index)
+        assert image.shape == (3, 12, max(1, round(12 * width / height))), dataset.names[index]
 
 
 # ------------------------------------------------------------------------------ components
@@ -270,12 +278,14 @@ def brute_components(predictions, masks, smallest):
     """The definition, set by set of pixels."""
     siou, ppv = [], []
     for prediction, mask in zip(predictions, masks, strict=True):
+
         def parts(binary):
             labels = flood(binary)
             return [set(np.flatnonzero(labels == k)) for k in range(1, labels.max() + 1)]
 
-        truth, found = parts(mask == 1), parts(prediction & (mask <= 1))
-        void = set(np.flatnonzero(mask > 1)).union(*(k for k in truth if len(k) < smallest[1]))
+        known = (mask == 0) | (mask == 1)
+        truth, found = parts(mask == 1), parts(prediction & known)
+        void = set(np.flatnonzero(~known)).union(*(k for k in truth if len(k) < smallest[1]))
         found = [p - void for p in found if len(p) >= smallest[0]]
         found, truth = [p for p in found if p], [k for k in truth if len(k) >= smallest[1]]
         every = set().union(*truth)
@@ -290,8 +300,13 @@ def brute_components(predictions, masks, smallest):
         fp = sum(p < t for p in ppv)
         f1.append(2 * tp / (2 * tp + fn + fp) if tp + fn + fp else np.nan)
     mean = lambda x: np.mean(x) if len(x) else np.nan  # noqa: E731
-    return {"siou": mean(siou), "ppv": mean(ppv), "component_f1": mean(f1),
-            "true_components": len(siou), "predicted_components": len(ppv)}  # fmt: skip
+    return {
+        "siou": mean(siou),
+        "ppv": mean(ppv),
+        "component_f1": mean(f1),
+        "true_components": len(siou),
+        "predicted_components": len(ppv),
+    }
 
 
 def blobs(rng, share):
@@ -305,13 +320,17 @@ def test_component_metrics_equal_brute_force(smallest):
     for _ in range(12):
         masks = [np.where(blobs(rng, 0.2), VOID, blobs(rng, 0.4)).astype(np.uint8) for _ in "abc"]
         predictions = [blobs(rng, rng.random()) for _ in "abc"]
-        whole = metrics.ComponentDetection(smallest)
+        whole = metrics.ComponentDetection(*smallest)
         whole.update(*(torch.from_numpy(np.stack(x)) for x in (predictions, masks)))
-        single = metrics.ComponentDetection(smallest)
+        single = metrics.ComponentDetection(*smallest)
         for pair in zip(predictions, masks, strict=True):
             single.update(*(torch.from_numpy(x)[None] for x in pair))
         expected = brute_components(predictions, masks, smallest)
-        for result in (whole.compute(), single.compute()):
+        signed = torch.from_numpy(np.stack(masks)).short()
+        signed[signed == VOID] = -1  # void is anything but 0 and 1
+        negative_void = metrics.ComponentDetection(*smallest)
+        negative_void.update(torch.from_numpy(np.stack(predictions)), signed)
+        for result in (whole.compute(), single.compute(), negative_void.compute()):
             assert result == pytest.approx(expected, nan_ok=True, abs=1e-12)
 
 
@@ -321,18 +340,24 @@ def test_component_metrics_by_hand():
     prediction[0, :4, :12] = True  # one that covers the first and half of the second
     prediction[0, 10:14, :4] = True  # and a false one
     prediction[0, 18, 18] = True  # too small
-    found = metrics.ComponentDetection((2, 2))
+    found = metrics.ComponentDetection(2, 2)
     found.update(torch.from_numpy(prediction), torch.from_numpy(mask))
     # 16 / (48 - 8) for the first, 8 / (56 - 16) for the second; PPV 24/48 and 0
     f1 = np.mean([2 / (2 + 1 + 1) if t <= 0.4 else 0 for t in np.arange(5, 16) / 20])
-    assert found.compute() == pytest.approx({
-        "siou": (16 / 40 + 8 / 40) / 2, "ppv": 0.25, "component_f1": f1,
-        "true_components": 2, "predicted_components": 2})  # fmt: skip
+    assert found.compute() == pytest.approx(
+        {
+            "siou": (16 / 40 + 8 / 40) / 2,
+            "ppv": 0.25,
+            "component_f1": f1,
+            "true_components": 2,
+            "predicted_components": 2,
+        }
+    )
 
 
 def test_no_component_is_nan():
     nothing = torch.zeros(1, 8, 8)
-    empty = metrics.ComponentDetection((1, 1))
+    empty = metrics.ComponentDetection(1, 1)
     empty.update(nothing.bool(), nothing.byte())
     result = empty.compute()
     assert all(np.isnan(result[key]) for key in ("siou", "ppv", "component_f1"))
@@ -382,12 +407,11 @@ def test_every_figure_equals_that_of_the_saved_maps(
     trained, command, tmp_path, monkeypatch, waiting
 ):
     folder, ckpts = trained
-    monkeypatch.setattr(evaluate, "WAITING", waiting)
+    monkeypatch.setattr(evaluate, "MAX_WAITING_BYTES", waiting)
     odd, flat = write_anomalies(tmp_path / "odd"), write_anomalies(tmp_path / "flat", 2, False)
-    flags = ["--student", ckpts / "student.pt", "--teacher", ckpts, "--device", "cpu",
-             "--panels", 1, "--ood", odd, "pasted", flat, "--out", tmp_path / "r",
-             "--save-scores", tmp_path / "s",
-             "--in-distribution", folder / "images/val"]  # fmt: skip
+    flags = ["--student", ckpts / "student.pt", "--teacher", ckpts, "--device", "cpu"]
+    flags += ["--ood", odd, "pasted", flat, "--in-distribution", folder / "images/val"]
+    flags += ["--out", tmp_path / "r", "--save-scores", tmp_path / "s", "--panels", 1]
     code, out, err = command("evaluate", *flags)
     assert code == 0 and "warning: the OOD set flat has no anomalous pixel" in err
     results = json.loads((tmp_path / "r/metrics.json").read_text())
@@ -404,7 +428,8 @@ def test_every_figure_equals_that_of_the_saved_maps(
         tpr, fpr = tp / flags.sum(), (all_ - tp) / (~flags).sum()
         assert figures["ap"] == pytest.approx((np.diff(tpr, prepend=0) * tp / all_).sum(), abs=1e-9)
         assert figures["auroc"] == pytest.approx(
-            np.trapezoid(np.append(0, tpr), np.append(0, fpr)), abs=1e-9)  # fmt: skip
+            np.trapezoid(np.append(0, tpr), np.append(0, fpr)), abs=1e-9
+        )
         assert figures["fpr95"] == pytest.approx(fpr[np.argmax(tpr >= 0.95)], abs=1e-9)
         best = np.argmax(2 * tp / (all_ + flags.sum()))
         assert figures["f1_threshold"] == scores[order][ends][best]
@@ -424,20 +449,22 @@ def test_every_figure_equals_that_of_the_saved_maps(
 
 
 def test_image_level_auroc_of_images_that_are_told_apart():
-    found, there = [[0.9, 5.0], [0.2, 1.0], [0.8, 0.1]], [True, False, True]
-    result = evaluate.image_level(found, there, [[0.5, 3.0]])
+    pairs = [(0.9, 5.0), (0.2, 1.0), (0.8, 0.1)]
+    statistics = [evaluate.ImageStatistics(mean, p99) for mean, p99 in pairs]
+    in_distribution = [evaluate.ImageStatistics(0.5, 3.0)]
+    result = evaluate.image_level(statistics, [True, False, True], in_distribution)
     assert result == {"image_auroc_mean": 1.0, "image_auroc_p99": 0.5}
     outputs = {"student": evaluate.Output(None, {"dudes": torch.arange(200.0).view(1, 10, 20)})}
-    ((key, scores),) = evaluate.image_scores(outputs)
-    assert key == "student/dudes" and scores.tolist() == [[99.5, 197.0]]  # the 198th of 200
+    ((key, statistics),) = evaluate.image_statistics(outputs).items()
+    assert key == "student/dudes" and statistics == [(99.5, 197.0)]  # the 198th of 200
 
 
 def test_held_out_classes_and_their_protocol(tmp_path, command):
     root = write_folder(tmp_path / "data")
     ckpts, flags = tmp_path / "ckpts", [*small(root, "--epochs", 1), "--members", 2]
     assert command("train", *flags, "--out", ckpts, "--hold-out", "class 1")[0] == 0
-    code, out, _ = command("evaluate", "--teacher", ckpts, "--device", "cpu", "--ood", "held-out",
-                           "pasted", "--out", tmp_path / "r")  # fmt: skip
+    flags = ["--teacher", ckpts, "--device", "cpu", "--out", tmp_path / "r"]
+    code, out, _ = command("evaluate", *flags, "--ood", "held-out", "pasted")
     assert code == 0 and "its void" in out
     results = json.loads((tmp_path / "r/metrics.json").read_text())
     whole = open_dataset("folder", root, "val")

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import functools
 import os
 import pickle
 import random
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small, weights, write_folder
+from conftest import flags_of, small, weights, write_folder
 from PIL import Image
 
 import data
@@ -30,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 
 def contents(folder):
     """Every file below `folder`: small ones by their bytes, large ones by size and time."""
+
     def content(path):
         stat = path.stat()
         return path.read_bytes() if stat.st_size < 1e6 else (stat.st_size, stat.st_mtime_ns)
@@ -43,7 +45,7 @@ PIPELINE = """
 import sys, time, evaluate, train_ensemble, distill
 train, student = (part.split("|") for part in sys.argv[1:])
 for module, flags in ((train_ensemble, train), (distill, student)):
-    code = evaluate.run(module.main, module.get_args_parser(), flags)
+    code = evaluate.run_main(module.main, module.get_args_parser(), flags)
     if code:
         sys.exit(code)
 """
@@ -75,16 +77,14 @@ CACHES = """
 import pathlib, sys, data, distill, torch
 print("begins", flush=True)
 folder, cache = map(pathlib.Path, sys.argv[1:])
-dataset = data.open_dataset("folder", folder, "train")
-for name in ("images", "masks", "names"):
-    setattr(dataset, name, 60 * getattr(dataset, name))
-data.keep_decoded(dataset, cache)
+data.cache_decoded(data.open_dataset("folder", folder, "train"), cache)
 shape = (20, 300, 1, 96, 96)
 distill.TargetCache(cache / "student.targets.npy", shape, torch.ones(1, 1, 1), {"key": 1})
 """
 
 
-def test_caches_that_were_killed_while_they_were_made_are_made_anew(folder, tmp_path):
+def test_caches_that_were_killed_while_they_were_made_are_made_anew(tmp_path):
+    folder = write_folder(tmp_path / "data", train=200)
     cache, chance = tmp_path / "cache", random.Random(1)
     script = [sys.executable, "-c", CACHES, str(folder), str(cache)]
     for _ in range(5):
@@ -97,20 +97,21 @@ def test_caches_that_were_killed_while_they_were_made_are_made_anew(folder, tmp_
     path, shape = cache / "student.targets.npy", (20, 300, 1, 96, 96)
     targets = distill.TargetCache(path, shape, torch.ones(1, 1, 1), {"key": 1}).targets
     assert (targets == distill.MISSING).all() and targets.shape == shape
-    (index,) = cache.glob("folder-*.npy")
-    kept = data.DecodedFiles(index.with_suffix(".bin"))
-    plain = data.open_dataset("folder", folder, "train")
-    for number in (0, 7, 299):
-        image, labels = plain.read(number % 5)
-        np.testing.assert_array_equal(kept[number][0].pixels, np.asarray(image))
-        np.testing.assert_array_equal(kept[number][1].pixels, np.asarray(labels))
+    dataset = data.open_dataset("folder", folder, "train")
+    data.cache_decoded(dataset, cache)
+    uncached = data.open_dataset("folder", folder, "train")
+    assert len(list(cache.glob("folder-*.bin"))) == 1
+    for number in (0, 7, 199):
+        image, mask = uncached.read(number)
+        np.testing.assert_array_equal(dataset.decoded[number].image, np.asarray(image))
+        np.testing.assert_array_equal(dataset.decoded[number].mask, np.asarray(mask))
 
 
 # ------------------------------------------------------------------------------ locks
 
 HOLDER = """
 import os, pathlib, sys, time
-from evaluate import locked
+from model import locked
 with locked(pathlib.Path(sys.argv[1])):
     if os.fork() == 0:  # as a loader's worker, which may outlive its parent for a while
         os.close(1)
@@ -150,7 +151,7 @@ def test_a_second_writer_is_refused_and_a_dead_one_blocks_nobody(trained, comman
 def test_members_of_one_folder_can_be_trained_by_two_commands(trained, command, tmp_path):
     folder, ckpts = trained
     flags = [*small(folder), "--members", 2, "--out", tmp_path]
-    with evaluate.locked(tmp_path / "member_01.pt"):  # the other command
+    with model.locked(tmp_path / "member_01.pt"):  # the other command
         assert command("train", *flags, "--member-ids", "0")[0] == 0
     assert torch.equal(weights(ckpts / "member_00.pt"), weights(tmp_path / "member_00.pt"))
 
@@ -260,8 +261,18 @@ def test_bad_input_is_one_line_and_changes_nothing(trained, command, tmp_path, m
     damage(tmp_path)
     flags = {
         "train": [*small(tmp_path / "data"), "--members", 1, "--out", "new"],
-        "distill": ["--teacher", "ckpts", "--device", "cpu", "--views", 0, "--out", "new/s.pt",
-                    "--data", "data"],
+        "distill": [
+            "--teacher",
+            "ckpts",
+            "--device",
+            "cpu",
+            "--views",
+            0,
+            "--out",
+            "new/s.pt",
+            "--data",
+            "data",
+        ],
         "evaluate": ["--out", "new", "--device", "cpu", "--data", "data"],
     }[script]
     before = contents(tmp_path)
@@ -339,8 +350,8 @@ FLAGS = [  # the command, its flags, words of the refusal
     ("train", ["--epochs", "nan"], "invalid int value"),
     ("train", ["--lr", "nan"], "--lr nan"), ("train", ["--lr", "inf"], "--lr inf"),
     ("train", ["--lr", 0], "--lr 0"), ("train", ["--warmup", -1], "--warmup -1"),
-    ("train", ["--crop-size", -1, 32], "--crop-size -1 32"),
-    ("train", ["--image-size", 0, 32], "--image-size 0 32"),
+    ("train", ["--crop-size", -1, 32], "--crop-size -1"),
+    ("train", ["--image-size", 0, 32], "--image-size 0"),
     ("train", ["--scale", 0, 1], "--scale 0"), ("train", ["--scale", 1, "inf"], "--scale 1"),
     ("train", ["--accumulate", 0], "--accumulate 0"), ("train", ["--seed", -1], "--seed -1"),
     ("train", ["--weight-decay", -1], "--weight-decay -1"),
@@ -436,6 +447,9 @@ def test_members_dealt_out_are_the_same_and_a_student_trains_in_two_processes(fo
     assert two.returncode == 0, two.stderr
     for name in ("member_00.pt", "member_01.pt"):
         assert torch.equal(weights(tmp_path / "one" / name), weights(tmp_path / "two" / name))
+    assert two.stdout.count("training and") == 1  # the first process alone speaks
+    curves = (tmp_path / "two" / "curves.svg").read_text()
+    assert "member_00" in curves and "member_01" in curves
     student = torchrun("distill.py", "--teacher", tmp_path / "two", "--batch-size", 4, "--views", 1,
                        "--device", "cpu")  # fmt: skip
     assert student.returncode == 0, student.stderr
@@ -444,7 +458,7 @@ def test_members_dealt_out_are_the_same_and_a_student_trains_in_two_processes(fo
     assert {p.suffix for p in (tmp_path / "two").glob("student*")} == {".pt", ".jsonl"}
 
 
-def steps(rank, root, world):
+def distil_three_steps(rank, root, world):
     """Three steps of distillation and a validation, in one process or as one of two."""
     root, cpu = Path(root), torch.device("cpu")
     if world > 1:
@@ -454,27 +468,36 @@ def steps(rank, root, world):
     torch.manual_seed(0)
     teacher = Ensemble([DeepLabV3("resnet18", 4) for _ in range(2)])
     student = DeepLabV3("resnet18", 4, ("std",)).eval()  # batch norm frozen, no dropout
+    targets = distill.TeacherTargets(teacher, ["std"], False, "off")
     val_set = data.open_dataset("folder", root / "data", "val")  # 3 images
-    maps = distill.teacher_maps(teacher, ["std"], "off")
-    counts = evaluate.validate(
-        student, data.evaluation_loader(val_set, 2, 0, cpu), cpu, "off",
-        lambda images, size, index: maps(images, size, [0])[:, 0],
-    )  # fmt: skip
+
+    def teacher_target(images, size, index):
+        return targets.run_teacher(images, size, [0], ["std"])[:, 0]
+
+    val_loader = data.evaluation_loader(val_set, 2, 0, cpu, rank, world)
+    counts = evaluate.validate(student, val_loader, cpu, "off", teacher_target)
+
     train_set = data.open_dataset("folder", root / "data", "train")  # 14 = 5 + 5 + 4
     views = data.TrainingViews(train_set, (32, 32), (0.5, 2.0), [1, 2, 3])
-    loader = data.training_loader(views, 5, 0, cpu)
-    args = argparse.Namespace(device="cpu", amp="off", accumulate=1, epochs=1, lr=0.05, warmup=0,
-                              head_lr_mult=1.0, weight_decay=5e-4)  # fmt: skip
-    at = {"epoch": 0, "batch": 0, "seen": 0, "sums": {}, "recent": []}
-    loss_fn = distill.distillation_loss(
-        lambda batch: distill.teacher_target(maps, batch), ["std"], 1.0)  # fmt: skip
-    taken = len(list(train_ensemble.train_steps(
-        train_ensemble.parallel(student, cpu), loss_fn, loader,
-        train_ensemble.build_optimizer(student, args),
-        torch.amp.GradScaler("cpu", enabled=False), args, at,
-    )))  # fmt: skip
-    result = {"weights": dict(student.named_parameters()), "counts": counts, "steps": taken,
-              "sums": at["sums"]}
+    loader = data.training_loader(views, 5, 0, cpu, rank, world)
+    optimizer = train_ensemble.build_optimizer(student, 0.05, 1.0, 5e-4)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = train_ensemble.RunState()
+    network = train_ensemble.wrap_for_group(student, cpu)
+    student.train = lambda mode=True: student  # stays in evaluation mode
+    run = train_ensemble.Run(root / "s.pt", student, network, optimizer, scaler, state, [], [])
+    weights = distill.LossWeights(uncertainty=1.0, probs=0.0)
+    loss_fn = functools.partial(distill.distillation_loss, targets=targets, weights=weights)
+    flags = flags_of(epochs=1, lr=0.05, warmup=0)
+    steps = []
+    progress = argparse.Namespace(show=lambda state, lr: steps.append(lr))
+    train_ensemble.train_one_epoch(run, loss_fn, loader, flags, progress)
+    result = {
+        "weights": dict(student.named_parameters()),
+        "counts": counts,
+        "steps": len(steps),
+        "sums": state.sums,
+    }
     torch.save(result, root / f"{world}-{rank}.pt")
     if world > 1:
         torch.distributed.destroy_process_group()
@@ -484,8 +507,8 @@ def test_two_processes_distil_as_one(tmp_path):
     folder = write_folder(tmp_path / "data", train=14)
     for number in (0, 3, 7):  # unequal numbers of void pixels
         mask(folder / f"labels/train/{number}.png", 255)
-    steps(0, tmp_path, 1)
-    torch.multiprocessing.spawn(steps, (str(tmp_path), 2), nprocs=2)
+    distil_three_steps(0, tmp_path, 1)
+    torch.multiprocessing.spawn(distil_three_steps, (str(tmp_path), 2), nprocs=2)
     one, *two = (torch.load(tmp_path / f"{name}.pt", weights_only=True)
                  for name in ("1-0", "2-0", "2-1"))  # fmt: skip
     for result in two:

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import functools
 import itertools
 import json
 import math
@@ -18,13 +17,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small, weights, write_folder
+from conftest import flags_of, small, weights, write_folder
 
 import distill
-import evaluate
+import metrics
+import model
 import train_ensemble
 from data import IGNORED, VOID, Sample
-from model import MAX_STD, DeepLabV3, Ensemble, read_checkpoint, upsample
+from metrics import MAX_STD, MEASURES
+from model import DeepLabV3, Ensemble, UsageError, choose_amp, read_checkpoint, upsample
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,8 +44,9 @@ def test_schedule_at_both_ends():
 
 def test_streams_share_nothing():
     keys = itertools.product(range(3), ("member", "student"), range(5))
-    streams = [tuple(train_ensemble.stream(*key)) for key in keys]
-    assert len({value for values in streams for value in values}) == 4 * len(streams)
+    streams = [train_ensemble.random_stream(*key) for key in keys]
+    seeds = [seed for stream in streams for seed in (stream.torch_seed, *stream.view_seeds)]
+    assert len(seeds) == len(set(seeds)) == 4 * len(streams)
 
 
 def test_cross_entropy_counts_labelled_pixels_alone():
@@ -94,72 +96,86 @@ def batch_of(flip):
     return Sample(images, labels, torch.tensor([0, 1]), torch.tensor([0, 0]), flips)
 
 
-ALL = list(distill.LARGEST)
+ALL = list(MEASURES)
 
 
-def target_of(teacher, batch, cache=None, targets=("std",), probs=False):
-    maps = distill.teacher_maps(teacher, targets, "off", probs)
-    return distill.teacher_target(maps, batch, cache)
+def targets_of(teacher, measures=("std",), with_probs=False):
+    return distill.TeacherTargets(teacher, list(measures), with_probs, "off")
+
+
+def channels_of(targets, batch):
+    """All channels of a batch's target, [B, T, H, W] or with probabilities [B, T + C, H, W]."""
+    target = targets.for_batch(batch)
+    if target.probs is None:
+        return target.uncertainty
+    return torch.cat([target.uncertainty, target.probs], dim=1)
 
 
 def cache_in(folder, channels=1, key=1):
-    largest = torch.tensor([*distill.LARGEST.values(), 1.0, 1.0, 1.0][:channels])[:, None, None]
+    largest = [measure.largest for measure in MEASURES.values()] + [1.0, 1.0, 1.0]
+    largest = torch.tensor(largest[:channels])[:, None, None]
     return distill.TargetCache(folder / "t.npy", (1, 2, channels, 32, 48), largest, {"key": key})
 
 
 def test_dropout_of_the_teacher_leaves_the_students_alone_and_repeats():
     torch.manual_seed(0)
-    teacher = Ensemble([DeepLabV3("resnet18", 3)], mc_samples=2)
+    targets = targets_of(Ensemble([DeepLabV3("resnet18", 3)], mc_samples=2))
     state = torch.get_rng_state()
-    first = target_of(teacher, batch_of(False))
+    first = channels_of(targets, batch_of(False))
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)  # what the student draws meanwhile
-    assert torch.equal(target_of(teacher, batch_of(False)), first)
+    assert torch.equal(channels_of(targets, batch_of(False)), first)
     other = batch_of(False)._replace(view=torch.tensor([1, 1]))
-    assert not torch.equal(target_of(teacher, other), first)
+    assert not torch.equal(channels_of(targets, other), first)
 
 
-@pytest.mark.parametrize("targets, probs", [(["std"], False), (ALL, True)])
-def test_the_teacher_sees_unflipped_views_and_stored_targets_are_the_same(tmp_path, targets, probs):
+@pytest.mark.parametrize("measures, probs", [(["std"], False), (ALL, True)])
+def test_the_teacher_sees_unflipped_views_and_stored_targets_are_the_same(
+    tmp_path, measures, probs
+):
     torch.manual_seed(0)
     teacher = Ensemble([DeepLabV3("resnet18", 3) for _ in range(2)])
-    asked = dict(targets=targets, probs=probs)
-    online = target_of(teacher, batch_of(False), **asked)
-    flipped = target_of(teacher, batch_of(True), **asked)
+    targets = targets_of(teacher, measures, probs)
+    online = channels_of(targets, batch_of(False))
+    flipped = channels_of(targets, batch_of(True))
     assert torch.equal(flipped[0], online[0].flip(-1)) and torch.equal(flipped[1], online[1])
 
-    cache = cache_in(tmp_path, len(targets) + 3 * probs)
-    first = target_of(teacher, batch_of(False), cache, **asked)
+    channels = len(measures) + (3 if probs else 0)
+    cache = cache_in(tmp_path, channels)
+    targets.train_cache = cache
+    first = channels_of(targets, batch_of(False))
     rounded = distill.dequantise(distill.quantise(online, cache.largest), cache.largest)
     assert torch.equal(first, rounded)  # learned from as it is stored
     cache.targets[0, 1, 0, 3] = distill.MISSING  # a write that was cut short
-    again = cache_in(tmp_path, len(targets) + 3 * probs)
-    assert torch.equal(target_of(teacher, batch_of(False), again, **asked), first)
-    assert not (again.targets == distill.MISSING).any()
+    reopened = cache_in(tmp_path, channels)
+    targets.train_cache = reopened
+    assert torch.equal(channels_of(targets, batch_of(False)), first)
+    assert not (reopened.targets == distill.MISSING).any()
     teacher.members = None  # from now on the disk alone
-    flipped = target_of(teacher, batch_of(True), again, **asked)
+    flipped = channels_of(targets, batch_of(True))
     assert torch.equal(flipped[0], first[0].flip(-1))
-    other = cache_in(tmp_path, len(targets) + 3 * probs, key=2)
+    other = cache_in(tmp_path, channels, key=2)
     assert (other.targets == distill.MISSING).all()
 
 
 def test_what_is_distilled_is_what_the_evaluation_calls_so():
     torch.manual_seed(0)
     teacher = Ensemble([DeepLabV3("resnet18", 3) for _ in range(3)])
-    images = batch_of(False).images
-    found = target_of(teacher, batch_of(False), targets=ALL, probs=True)
-    args = argparse.Namespace(amp="off")
-    output = evaluate.predict({"teacher": teacher}, images, (32, 48), args)["teacher"]
+    batch = batch_of(False)
+    target = channels_of(targets_of(teacher, ALL, with_probs=True), batch)
+    with torch.inference_mode():
+        prediction = teacher(batch.images, (32, 48), with_expected_entropy=True)
+    scores = metrics.ensemble_measures(prediction, ALL)
     for channel, name in enumerate(ALL):
-        unit = math.log(3) if name in ("entropy", "mutual_information") else 1
-        torch.testing.assert_close(found[:, channel], output.scores[name] / unit)
-    torch.testing.assert_close(found[:, len(ALL) :], output.probs)
+        scale = math.log(3) if name in ("entropy", "mutual_information") else 1
+        torch.testing.assert_close(target[:, channel], scores[name] / scale)
+    torch.testing.assert_close(target[:, len(ALL) :], prediction.probs)
 
 
 def test_a_cache_that_does_not_fit_is_refused(tmp_path, monkeypatch):
     usage = argparse.Namespace(free=1000)
     monkeypatch.setattr(distill.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(evaluate.UsageError, match="t.npy takes 0 MB, but the disk has 0 MB; use"):
+    with pytest.raises(UsageError, match="t.npy takes 0 MB, but the disk has 0 MB; use"):
         cache_in(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -167,15 +183,15 @@ def test_a_cache_that_does_not_fit_is_refused(tmp_path, monkeypatch):
 def test_padding_enters_no_uncertainty_loss_but_void_does():
     teacher = Ensemble([DeepLabV3("resnet18", 3) for _ in range(2)])
     student = DeepLabV3("resnet18", 3, ("std",)).eval()
-    maps = distill.teacher_maps(teacher, ["std"], "off")
+    targets = targets_of(teacher)
     batch = batch_of(False)
-    target = functools.partial(distill.teacher_target, maps)
-    loss_fn = distill.distillation_loss(target, ["std"], 1.0)
-    batch.labels[:, :16], batch.labels[:, 16:] = VOID, IGNORED
-    _, logs = loss_fn(student, batch)
-    wanted = target(batch)[:, 0, :16]
-    mine = student(batch.images).uncertainty[:, 0, :16]
-    expected = ((mine.log1p() - wanted.log1p()) ** 2).mean().sqrt()
+    batch.labels[:, :16] = VOID
+    batch.labels[:, 16:] = IGNORED
+    weights = distill.LossWeights(uncertainty=1.0, probs=0.0)
+    _, logs = distill.distillation_loss(student, batch, targets, weights)
+    wanted = targets.for_batch(batch).uncertainty[:, 0, :16]
+    predicted = student(batch.images).uncertainty[:, 0, :16]
+    expected = ((predicted.log1p() - wanted.log1p()) ** 2).mean().sqrt()
     assert logs["ce"] == 0 and logs["rmsle"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -184,18 +200,18 @@ def test_arithmetic_follows_the_processor(monkeypatch):
     for has, wanted in (({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"),
                         ({"avx512_f": True, "avx512_bf16": False}, "off")):  # fmt: skip
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has, raising=False)
-        assert evaluate.choose_amp("auto", cpu) == wanted
+        assert choose_amp("auto", cpu) == wanted
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert evaluate.choose_amp("auto", cpu) == "off"
-    assert evaluate.choose_amp("fp16", cpu) == "fp16"
+    assert choose_amp("auto", cpu) == "off"
+    assert choose_amp("fp16", cpu) == "fp16"
 
 
 def test_a_run_may_go_on_on_another_device():
     saved = {"device": "cpu", "amp": "off", "compile": False, "lr": 0.1}
-    other = argparse.Namespace(device="cuda:1", amp="bf16", compile=True, lr=0.1)
+    other = {"device": "cuda:1", "amp": "bf16", "compile": True, "lr": 0.1}
     train_ensemble.check_same(saved, other, Path("m.pt"))
-    other.device = "cpu"
-    with pytest.raises(evaluate.UsageError, match="begun with amp = off, this command says bf16"):
+    other["device"] = "cpu"
+    with pytest.raises(UsageError, match="begun with amp = off, this command says bf16"):
         train_ensemble.check_same(saved, other, Path("m.pt"))
 
 
@@ -204,10 +220,12 @@ def test_every_measure_and_the_probabilities_have_their_own_term():
     teacher = Ensemble([DeepLabV3("resnet18", 3) for _ in range(2)])
     student, batch = DeepLabV3("resnet18", 3, tuple(ALL)).eval(), batch_of(False)
     batch.labels[:, :16] = IGNORED
-    target = target_of(teacher, batch, targets=ALL, probs=True)[:, :, 16:].double()
-    loss, logs = distill.distillation_loss(lambda _: target_of(
-        teacher, batch, targets=ALL, probs=True), ALL, 2.0, 0.5)(student, batch)  # fmt: skip
-    logits, u = (x[:, :, 16:].double() for x in student(batch.images))
+    targets = targets_of(teacher, ALL, with_probs=True)
+    target = channels_of(targets, batch)[:, :, 16:].double()
+    weights = distill.LossWeights(uncertainty=2.0, probs=0.5)
+    loss, logs = distill.distillation_loss(student, batch, targets, weights)
+    logits, u = student(batch.images)
+    logits, u = logits[:, :, 16:].double(), u[:, :, 16:].double()
     errors = [((u[:, t].log1p() - target[:, t].log1p()) ** 2).mean().sqrt() for t in range(4)]
     p = target[:, 4:]
     kl = (p * (p.log() - logits.log_softmax(1))).sum(1).mean()
@@ -225,26 +243,43 @@ def test_images_without_labels_teach_the_uncertainty_and_leave_batch_norm_alone(
     for layer in student.modules():
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0.0
-    others = labelled._replace(images=255 - labelled.images,
-                               labels=torch.full_like(labelled.labels, VOID))  # fmt: skip
-    both = Sample(*map(torch.cat, zip(labelled, others, strict=True)))
+    unlabelled = labelled._replace(
+        images=255 - labelled.images, labels=torch.full_like(labelled.labels, VOID)
+    )
+    both = Sample(*[torch.cat(pair) for pair in zip(labelled, unlabelled, strict=True)])
+    weights = distill.LossWeights(uncertainty=1.0, probs=1.0)
     parts, statistics = [], []
     for batch, paired in ((labelled, False), (both, True)):
         network = copy.deepcopy(student)
-        loss_fn = distill.distillation_loss(
-            lambda batch: target_of(teacher, batch, probs=True), ["std"], 1.0, 1.0, paired
-        )
-        parts.append(loss_fn(network, batch)[1])
+        targets = targets_of(teacher, with_probs=True)
+        parts.append(distill.distillation_loss(network, batch, targets, weights, paired)[1])
         statistics.append([b.clone() for name, b in network.named_buffers() if "running" in name])
         assert all(layer.training for layer in network.modules())
     for name in ("ce", "kl"):
         assert parts[0][name].item() == pytest.approx(parts[1][name].item(), rel=1e-5)
     assert all(map(torch.equal, *statistics))
     network.eval()  # the second network, its statistics those of the labelled images
-    u = network(others.images).uncertainty[:, 0]
-    error = (u.log1p() - target_of(teacher, others)[:, 0].log1p()).square().mean()
+    u = network(unlabelled.images).uncertainty[:, 0]
+    wanted = targets_of(teacher).for_batch(unlabelled).uncertainty[:, 0]
+    error = (u.log1p() - wanted.log1p()).square().mean()
     both = (parts[0]["rmsle"] ** 2 + error) / 2  # as many pixels in each half
     assert parts[1]["rmsle"].item() == pytest.approx(both.sqrt().item(), rel=1e-4)
+
+
+def test_batch_norm_learns_again_after_an_error_among_images_without_labels():
+    student = DeepLabV3("resnet18", 3, ("std",))
+    with pytest.raises(KeyError), distill.frozen_statistics(student):
+        assert not student.backbone.bn1.training
+        raise KeyError
+    assert student.backbone.bn1.training
+
+
+def test_an_epoch_whose_miou_is_no_number_is_never_the_best():
+    history = [{"epoch": 1, "miou": math.nan}, {"epoch": 2, "miou": 0.5}, {"epoch": 3, "miou": 0.4}]
+    assert train_ensemble.kept_epoch(history, "best")["epoch"] == 2
+    assert train_ensemble.kept_epoch(history[:1], "best")["epoch"] == 1  # there is no other
+    assert train_ensemble.kept_epoch(history, "last")["epoch"] == 3
+    assert train_ensemble.without_nan(history[0]) == {"epoch": 1, "miou": None}
 
 
 # ------------------------------------------------------------------------------ runs
@@ -295,43 +330,52 @@ def test_members_side_by_side_are_the_same_and_bad_input_comes_through(folder, t
     assert set(bad.stderr.split("\n")) - {""} == {bad.stderr.split("\n")[0]}  # both say the same
 
 
-def test_accumulated_batches_make_one_step():
-    logits = []
+def test_accumulated_batches_make_one_step(tmp_path):
+    weights_after = []
 
     class Toy(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.w = torch.nn.Parameter(torch.zeros(1))
 
+    class Loader(list):
+        batch_sampler = argparse.Namespace()
+        dataset = argparse.Namespace(dataset=argparse.Namespace(names=[]))
+
+    class Batches(list):
+        epoch = start = 0
+
+    def loss_fn(network, batch):
+        return 3 * network.w.sum(), {}
+
     for accumulate in (1, 2):
         toy = Toy()
-        optimizer = torch.optim.SGD([{"params": toy.parameters(), "multiple": 1.0}], lr=1.0)
-        args = argparse.Namespace(
-            device="cpu", amp="off", accumulate=accumulate, epochs=1, lr=1.0, warmup=0
-        )
-        at = {"epoch": 0, "batch": 0, "seen": 0, "sums": {}, "recent": []}
-        sample = Sample(*(torch.zeros(2, 1) for _ in Sample._fields))
-
-        class Loader(list):
-            batch_sampler, dataset = [0] * 3, argparse.Namespace(dataset=None)
-
-        steps = list(train_ensemble.train_steps(
-            toy, lambda network, batch: (3 * network.w.sum(), {}), Loader([sample] * 3), optimizer,
-            torch.amp.GradScaler("cpu", enabled=False), args, at,
-        ))  # fmt: skip
+        optimizer = torch.optim.SGD([{"params": toy.parameters(), "lr_mult": 1.0}], lr=1.0)
+        sample = Sample(*[torch.zeros(2, 1) for _ in Sample._fields])
+        loader = Loader([sample] * 3)
+        loader.batch_sampler = Batches([0] * 3)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        state = train_ensemble.RunState()
+        run = train_ensemble.Run(tmp_path / "m.pt", toy, toy, optimizer, scaler, state, [], [])
+        flags = flags_of(accumulate=accumulate, epochs=1, lr=1.0, warmup=0)
+        steps = []
+        progress = argparse.Namespace(show=lambda state, lr, steps=steps: steps.append(lr))
+        train_ensemble.train_one_epoch(run, loss_fn, loader, flags, progress)
         assert len(steps) == math.ceil(3 / accumulate)
-        logits.append(toy.w.item())
-    assert logits[0] == pytest.approx(-3 * sum((1 - t / 3) ** 0.9 for t in range(3)))
-    assert logits[1] == pytest.approx(-3 * sum((1 - t / 2) ** 0.9 for t in range(2)))
+        weights_after.append(toy.w.item())
+    assert weights_after[0] == pytest.approx(-3 * sum((1 - t / 3) ** 0.9 for t in range(3)))
+    assert weights_after[1] == pytest.approx(-3 * sum((1 - t / 2) ** 0.9 for t in range(2)))
 
 
 SLOW = """import sys, time, train_ensemble as t
 f = t.check_finite
 t.check_finite = lambda *a: (time.sleep(0.3), f(*a))
 """
-RUN = {"train_ensemble": "sys.exit(t.run(t.main, t.get_args_parser(), sys.argv[1:]))",
-       "distill": "import distill as d\n"
-                  "sys.exit(d.run(d.main, d.get_args_parser(), sys.argv[1:]))"}  # fmt: skip
+RUN = {
+    "train_ensemble": "sys.exit(t.run_main(t.main, t.get_args_parser(), sys.argv[1:]))",
+    "distill": "import distill as d\n"
+    "sys.exit(d.run_main(d.main, d.get_args_parser(), sys.argv[1:]))",
+}
 
 
 def interrupted(script, flags, after, number):
@@ -378,38 +422,93 @@ def test_a_killed_distillation_ends_in_the_same_bits(trained, command, tmp_path)
 
 def test_stored_views_differ_by_the_rounding_alone(trained, command, tmp_path, monkeypatch):
     _, ckpts = trained
-    seen = {}
-    original = distill.teacher_target
+    seen = {False: [], True: []}
+    original = distill.TeacherTargets.for_batch
 
-    def spy(maps, batch, cache):
-        target = original(maps, batch, cache)
-        seen.setdefault(cache is None, []).append((batch.images.clone(), target))
+    def spy(self, batch):
+        target = original(self, batch)
+        seen[self.train_cache is not None].append((batch.images.clone(), target.uncertainty))
         return target
 
-    monkeypatch.setattr(distill, "teacher_target", spy)
+    monkeypatch.setattr(distill.TeacherTargets, "for_batch", spy)
     for views in (0, 2):
         flags = ["--teacher", ckpts, "--views", views, "--out", tmp_path / f"{views}.pt"]
         assert command("distill", *flags, "--device", "cpu")[0] == 0
-    for (images, target), (same, stored) in zip(seen[True], seen[False], strict=True):
+    largest = torch.tensor([measure.largest for measure in MEASURES.values()])[:, None, None]
+    for (images, target), (same, stored) in zip(seen[False], seen[True], strict=True):
         assert torch.equal(images, same)
-        largest = torch.tensor([*distill.LARGEST.values()])[:, None, None]
         rounded = distill.dequantise(distill.quantise(target, largest), largest)
         assert torch.equal(stored, rounded)
 
 
+def test_stored_targets_of_a_picture_that_changed_are_computed_anew(
+    trained, command, tmp_path, monkeypatch
+):
+    data_folder, ckpts = tmp_path / "data", trained[1]
+    shutil.copytree(trained[0], data_folder)
+    made = []
+    original = distill.TargetCache.create_empty
+
+    def spy(path, *settings):
+        made.append(path.name)
+        return original(path, *settings)
+
+    monkeypatch.setattr(distill.TargetCache, "create_empty", staticmethod(spy))
+    flags = ["--teacher", ckpts, "--data", data_folder, "--device", "cpu", "--views", 1]
+    flags += ["--out", tmp_path / "s.pt"]
+    # a run that was stopped leaves its targets; a loss that is not finite stops one
+    nan = lambda logits, labels: logits.sum() * math.nan  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "cross_entropy", nan)
+        assert command("distill", *flags)[0] == 2
+        assert made == ["s.val-targets.npy", "s.targets.npy"]
+        assert command("distill", *flags)[0] == 2
+        assert len(made) == 2  # the same pictures: the same targets
+        for split in ("train", "val"):
+            made.clear()
+            picture = data_folder / f"images/{split}/0.png"
+            shutil.copy(data_folder / f"images/{split}/1.png", picture)
+            os.utime(picture, (1, 1))
+            assert command("distill", *flags)[0] == 2
+            assert made == ["s.val-targets.npy", "s.targets.npy"]
+    assert command("distill", *flags)[0] == 0
+
+
 def test_student_inherits_from_its_teacher(trained):
-    student, member = (read_checkpoint(trained[1] / f"{n}.pt") for n in ("student", "member_00"))
+    student = read_checkpoint(trained[1] / "student.pt")
+    member = read_checkpoint(trained[1] / "member_00.pt")
     assert student["config"]["measures"] == ALL and student["config"]["backbone"] == "resnet18"
     for key in ("crop_size", "epochs", "batch_size", "lr", "weights", "scale", "dataset"):
         assert student["args"][key] == member["args"][key]
-    args = distill.get_args_parser().parse_args(["--image-size", "64", "96"])
-    distill.inherit(args, member)
-    assert args.crop_size is None  # the teacher's would be a part of the larger image
-    args = distill.get_args_parser().parse_args(["--image-size", "64", "96"])
+    flags = vars(distill.get_args_parser().parse_args(["--image-size", "64", "96"]))
+    # the teacher's crop would be a part of the larger image
+    assert distill.inherit_from_teacher(flags, member)["crop_size"] is None
     trained_so = member["args"] | {"image_size": [64, 96]}
-    distill.inherit(args, {"args": trained_so})
-    assert args.crop_size == trained_so["crop_size"]
+    assert (
+        distill.inherit_from_teacher(flags, {"args": trained_so})["crop_size"]
+        == trained_so["crop_size"]
+    )
     assert {"torch", "torchvision", "numpy", "commit", "hardware"} <= set(student["versions"])
+
+
+def test_a_checkpoint_says_how_its_network_normalises(trained, tmp_path):
+    checkpoint = read_checkpoint(trained[1] / "student.pt")
+    expected = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert checkpoint["config"]["normalisation"] == expected
+    checkpoint["config"]["normalisation"] = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    torch.save(checkpoint, tmp_path / "other.pt")
+    network = model.load_model(tmp_path / "other.pt")
+    assert network.rgb_mean.flatten().tolist() == [0.5] * 3
+    assert network.rgb_std.flatten().tolist() == [0.25] * 3
+
+
+def test_fewer_members_than_the_folder_holds_is_said(folder, command, tmp_path):
+    flags = [*small(folder, "--epochs", 1), "--out", tmp_path / "c"]
+    code, out, _ = command("train", *flags, "--members", 2)
+    assert code == 0 and f"2 members in {tmp_path / 'c'}" in out and "note:" not in out
+    code, out, _ = command("train", *flags, "--members", 1)
+    assert code == 0 and f"2 members in {tmp_path / 'c'}" in out
+    assert "note: 1 of them" in out and "larger run than --members 1" in out
 
 
 def test_another_teacher_is_another_student(trained, folder, command, tmp_path):
@@ -465,7 +564,7 @@ def test_errors_are_one_line_with_code_2(folder, trained, command, tmp_path):
         ("train", [*train, "--members", 2, "--member-ids", 2], "--member-ids 2"),
         ("train", [*train, "--member-ids", "a"], "invalid integers value"),
         ("train", [*train, "--epochs", 0], "--epochs 0"),
-        ("train", [*train, "--crop-size", 0, 32], "--crop-size 0 32"),
+        ("train", [*train, "--crop-size", 0, 32], "--crop-size 0"),
         ("train", [*train, "--batch-size", 1], "batch norm needs at least 2"),
         ("train", [*train, "--scale", 1.5, 2], "--scale 1.5 2"),
         ("train", [*train, "--hold-out", "cat"], "no such class"),
