@@ -973,6 +973,10 @@ class EpochBatches(Sampler):
             return full_batches + 1
         return full_batches
 
+    def is_full(self, number: int) -> bool:
+        """Whether batch `number` of an epoch has `batch_size` images; the last may have fewer."""
+        return (number + 1) * self.batch_size <= self.length
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         rng = np.random.default_rng([*self.stream, ORDER_DRAWS, self.epoch])
         order = rng.permutation(self.length)

@@ -67,6 +67,7 @@ from train_ensemble import (
     build_loaders,
     build_network,
     build_optimizer,
+    choose_validation_interval,
     cross_entropy,
     fit,
     open_splits,
@@ -618,6 +619,7 @@ INHERITED = (
     "head_lr_mult",
     "weight_decay",
     "warmup",
+    "validate_every",
     "scale",
 )
 
@@ -668,6 +670,7 @@ def main(args: argparse.Namespace) -> None:
     with process_group(flags.device):
         # ------------------------------------------------------------ data
         train_set, val_set = open_splits(flags)
+        flags = choose_validation_interval(flags, train_set, val_set)
         classes = teacher_checkpoint["config"]["classes"]
         if train_set.classes != classes:
             raise UsageError(

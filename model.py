@@ -590,14 +590,21 @@ def refuse_unlike_members(files: list[Path], checkpoints: list[dict]) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU if there is one, under torchrun one a process.
+    """The device of that name; "auto" is a GPU if there is one, under torchrun one per process.
 
-    Raises UsageError where the device cannot be used.
+    Raises UsageError where the device cannot be used. Sets what float32 means on a GPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if name.startswith("cuda:") and world > 1:
+        raise UsageError(
+            f"--device {name} would put all {world} processes of torchrun on one card; use "
+            "--device cuda, which gives each its own"
+        )
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+    set_float32_precision()
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -607,6 +614,15 @@ def choose_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0][:80]
         raise UsageError(f"--device {name} cannot be used ({reason}); try --device cpu") from None
     return device
+
+
+def set_float32_precision() -> None:
+    """Let float32 mean float32 on a GPU: the heads, the losses, and all of --amp off.
+
+    cuDNN would otherwise round the factors of a float32 convolution to TF32's 10 bits.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def choose_amp(amp: str, device: torch.device) -> str:

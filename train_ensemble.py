@@ -42,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed import _functional_collectives as functional_collectives
 from torch.utils.data import DataLoader
 
 import data
@@ -158,6 +159,7 @@ class TrainingFlags(NamedTuple):
     warmup: int
     seed: int
     select: str
+    validate_every: int | None  # None: as `choose_validation_interval` says
     device: torch.device
     amp: str
     compile: bool
@@ -206,7 +208,8 @@ def resolve_flags(command: dict, recipe: dict) -> dict:
         flags["compile"] = device.type == "cuda"
     if flags["workers"] is None:
         # on a CPU the training itself needs every core
-        flags["workers"] = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
+        usable_cores = len(os.sched_getaffinity(0))
+        flags["workers"] = min(16, usable_cores) if device.type == "cuda" else 0
 
     low, high = flags["scale"]
     if not (0 < low <= 1 <= high < math.inf):
@@ -311,7 +314,13 @@ def build_optimizer(
             decay = weight_decay * uncertainty_weight
         parameters = list(part.parameters())
         groups.append({"params": parameters, "lr_mult": lr_mults[name], "weight_decay": decay})
-    return torch.optim.SGD(groups, lr, momentum=0.9, fused=True)
+    optimizer = torch.optim.SGD(groups, lr, momentum=0.9, fused=True)
+    # Fused SGD makes its momentum in its first step. Where a GradScaler skips that step, and the
+    # first ones of --amp fp16 overflow as a rule, it would stay uninitialised memory.
+    for group in groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -374,7 +383,6 @@ def fit(
     state = load_state(path.with_suffix(".state"), model, optimizer, scaler, flags)
     wrapped_model = wrap_for_group(model, flags.device)
     if flags.compile:
-        # an epoch's last, smaller batch has a graph of its own
         wrapped_model = torch.compile(wrapped_model, dynamic=False)
     image_names = train_loader.dataset.dataset.names  # of the data set behind the views
 
@@ -382,9 +390,12 @@ def fit(
         run = Run(path, model, wrapped_model, optimizer, scaler, state, image_names, signals)
         while state.epoch < flags.epochs:
             progress = Progress(path.stem, state, flags.epochs, len(train_loader.batch_sampler))
-            train_one_epoch(run, loss_fn, train_loader, flags, progress)
-            share_statistics(model)
-            results = validation(model)
+            with fastest_convolutions():
+                train_one_epoch(run, loss_fn, train_loader, flags, progress)
+            results = {}
+            is_last_epoch = state.epoch + 1 == flags.epochs
+            if (state.epoch + 1) % flags.validate_every == 0 or is_last_epoch:
+                results = validation(model)
             finish_epoch(run, results, progress, flags.select)
             save_state(run, flags)
             stop_if_signalled(run, flags)
@@ -392,6 +403,9 @@ def fit(
     weights = model.state_dict()
     if flags.select == "best":
         weights = state.best_weights
+        validated = [entry for entry in state.history if "miou" in entry]
+        best = kept_epoch(state.history, "best")["epoch"]
+        print(f"{path.stem}: best of {len(validated)} validated epochs is epoch {best}")
     weights = {name: value.cpu() for name, value in weights.items()}
     return weights, kept_epoch(state.history, flags.select)
 
@@ -419,13 +433,15 @@ def train_one_epoch(
         batches_of_step = min(flags.accumulate, len(batches) - first_batch_of_step)
 
         # ---- forward and backward
-        share_statistics(run.wrapped_model)
         # index, view and flip stay on the CPU: reading them there would wait for the GPU
         batch = batch._replace(
             images=batch.images.to(device, non_blocking=True),
             labels=batch.labels.to(device, non_blocking=True),
         )
-        with autocast(device, flags.amp):
+        # An epoch's last, smaller batch runs uncompiled: a graph of its own would take minutes
+        # to compile, for one step in an epoch.
+        stance = "default" if batches.is_full(state.batch) else "force_eager"
+        with torch.compiler.set_stance(stance), autocast(device, flags.amp):
             loss, logs = loss_fn(run.wrapped_model, batch)
         # times `world`: see `wrap_for_group`
         run.scaler.scale(loss * world / batches_of_step).backward()
@@ -468,6 +484,17 @@ def train_one_epoch(
             last_save = time.monotonic()
 
 
+@contextlib.contextmanager
+def fastest_convolutions() -> Iterator[None]:
+    """Let cuDNN try its algorithms and keep the fastest: for images of one size alone."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def add_to_sums(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     """Add each value to the sum of its name, without its gradient."""
     for name, value in values.items():
@@ -490,7 +517,10 @@ def check_finite(state: RunState, image_names: list[str]) -> None:
 
 
 def finish_epoch(run: Run, results: dict, progress: "Progress", select: str) -> None:
-    """Log the epoch and its validation results, keep the best weights, go to the next epoch."""
+    """Log the epoch and its validation results, keep the best weights, go to the next epoch.
+
+    results: {} where the epoch was not validated.
+    """
     state = run.state
     entry = progress.finish(state, results, run.optimizer.param_groups[0]["lr"])
     state.history.append(entry)
@@ -508,11 +538,11 @@ def finish_epoch(run: Run, results: dict, progress: "Progress", select: str) -> 
 def kept_epoch(history: list[dict], select: str) -> dict:
     """The log entry of the epoch whose weights are kept: the last, or the first of the best.
 
-    The best has the highest validation mIoU. An epoch whose mIoU is not a number is never the
-    best, unless there is no other.
+    The best has the highest validation mIoU. An epoch whose mIoU was not measured, or is not
+    a number, is never the best, unless there is no other.
     """
     if select == "best":
-        measured = [entry for entry in history if not math.isnan(entry["miou"])]
+        measured = [entry for entry in history if not math.isnan(entry.get("miou", math.nan))]
         if measured:
             return max(measured, key=lambda entry: entry["miou"])
     return history[-1]
@@ -685,20 +715,81 @@ def wait_for_group(device: torch.device) -> None:
 def wrap_for_group(model: nn.Module, device: torch.device) -> nn.Module:
     """The model as it trains in a process group, with gradients averaged; alone, as it is.
 
-    On GPUs batch norm takes the statistics of all processes. On a CPU, for which torch has no
-    such layer, each process knows only its own.
+    Batch norm takes the statistics of all processes, so that each of them holds the same
+    running statistics.
     """
     if get_world_size() == 1:
         return model
-    devices = None
-    if device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        devices = [device]
-    model = nn.parallel.DistributedDataParallel(model, device_ids=devices)
-    # `share_statistics` does this once per step: between the two forward passes of a step it
-    # would change what the first one's gradients need.
-    model.broadcast_buffers = False
-    return model
+    share_batch_norm(model)
+    devices = [device] if device.type == "cuda" else None
+    # without broadcasting buffers: they are the same by themselves
+    return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def share_batch_norm(model: nn.Module) -> None:
+    """Turn every batch norm of `model` into a `GroupBatchNorm2d`; parameters stay the same."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = GroupBatchNorm2d
+
+
+class GroupBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes of a group, as nn.SyncBatchNorm has it.
+
+    Unlike that one it runs on a CPU too, never waits for a GPU, and torch.compile traces it
+    as a part of one graph.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] with any B on each process; all processes have to call it."""
+        if not self.training:
+            return super().forward(x)
+        channels = x.shape[1]
+        values = x.float()
+
+        # ---- the statistics of this process, and by one collective those of all
+        variance, mean = torch.var_mean(values, dim=(0, 2, 3), correction=0)  # [C] each
+        count = torch.full_like(mean[:1], x.numel() // channels)
+        statistics = torch.cat([mean, variance, count])  # [2 C + 1]
+        # Each process fills a row of zeros of its own, so that the sum over the group holds all
+        # rows as they were. To add up x and x^2 would be shorter, but these cancel where the
+        # mean is large.
+        ranks = torch.arange(get_world_size(), device=x.device)
+        is_row_of_this_process = ranks[:, None] == get_rank()
+        rows = SumOverGroup.apply(torch.where(is_row_of_this_process, statistics, 0.0))
+
+        # ---- the statistics of the whole batch
+        means, variances, counts = rows.split([channels, channels, 1], dim=1)
+        total = counts.sum()
+        share = counts / total  # [world, 1]
+        mean = (share * means).sum(dim=0)
+        variance = (share * (variances + (means - mean).square())).sum(dim=0)
+        with torch.no_grad():
+            unbiased = variance * total / (total - 1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(unbiased, self.momentum)
+            self.num_batches_tracked.add_(1)
+
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        centred = values - mean.view(1, -1, 1, 1)
+        normalised = centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        return normalised.to(x.dtype)
+
+
+class SumOverGroup(torch.autograd.Function):
+    """The sum of a tensor over a process group; its gradient is summed over the group too.
+
+    torch.compile traces functional collectives, not those of torch.distributed itself.
+    """
+
+    @staticmethod
+    def forward(context, x: Tensor) -> Tensor:
+        return functional_collectives.all_reduce(x, "sum", dist.group.WORLD)
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        return functional_collectives.all_reduce(gradient, "sum", dist.group.WORLD)
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
@@ -708,17 +799,6 @@ def sum_over_processes(x: Tensor) -> Tensor:
     total = x.detach().clone()
     dist.all_reduce(total)
     return total + (x - x.detach())
-
-
-def share_statistics(model: nn.Module) -> None:
-    """Give all of a group the first process's statistics of batch norm, before each step.
-
-    What the others collect on a CPU would be in no saved state.
-    """
-    if get_world_size() == 1:
-        return
-    for buffer in model.buffers():
-        dist.broadcast(buffer, 0)
 
 
 @contextlib.contextmanager
@@ -791,7 +871,8 @@ class Progress:
 
         words = [self.title]
         words += [f"{name} {mean:.4f}" for name, mean in means.items()]
-        words.append(f"val miou {results['miou']:.4f}")
+        if "miou" in results:
+            words.append(f"val miou {results['miou']:.4f}")
         if "fidelity_pearson" in results:
             words.append(f"val pearson {results['fidelity_pearson']:.4f}")
         words.append(f"{seconds:.1f} s")
@@ -816,7 +897,8 @@ def draw_curves(folder: Path) -> None:
         for number, path in enumerate(logs):
             entries = [json.loads(line) for line in path.read_text().splitlines()]
             epochs = [entry["epoch"] for entry in entries]
-            values = [math.nan if entry[key] is None else entry[key] for entry in entries]
+            values = [entry.get(key) for entry in entries]  # None where it is unknown
+            values = [math.nan if value is None else value for value in values]
             colour = number % 4
             dash = number // 4 % 3
             series.append(Series(path.stem, epochs, values, colour, dash))
@@ -849,6 +931,36 @@ def open_splits(flags: TrainingFlags) -> tuple[data.SegmentationDataset, data.Se
             shown.append(f"{name} {value}")
     print("  ".join(shown), flush=True)
     return train_set, val_set
+
+
+VALIDATION_SHARE = 0.1  # of an epoch's work that validation may take, unless a flag says more
+
+
+def choose_validation_interval(
+    flags: TrainingFlags, train_set: data.SegmentationDataset, val_set: data.SegmentationDataset
+) -> TrainingFlags:
+    """The flags with `validate_every`: every epoch, or less often where that is expensive.
+
+    A training step costs about three forward passes. What is compared are pixels, not seconds,
+    so that the same command always validates after the same epochs. With --select best it is
+    every epoch, unless the flag says otherwise.
+    """
+    if flags.validate_every is not None:
+        return flags
+    interval = 1
+    if flags.select == "last":
+        height, width = flags.image_size or val_set.largest_mask()
+        crop_height, crop_width = flags.crop_size
+        validation_work = len(val_set) * height * width
+        training_work = 3 * len(train_set) * crop_height * crop_width
+        share = validation_work / training_work
+        interval = max(1, math.ceil(share / VALIDATION_SHARE))
+    if interval > 1:
+        print(
+            f"validation would take {100 * share:.0f} % of an epoch's work: every {interval} "
+            "epochs and after the last one (--validate-every 1 for each)"
+        )
+    return flags._replace(validate_every=interval)
 
 
 def build_config(dataset: data.SegmentationDataset, flags: TrainingFlags, members: int) -> dict:
@@ -1024,6 +1136,7 @@ def main(args: argparse.Namespace) -> None:
     paths = {member: member_path(args.out, member) for member in member_ids[rank::world]}
     with silence(rank > 0):
         train_set, val_set = open_splits(flags)
+        flags = choose_validation_interval(flags, train_set, val_set)
         args.out.mkdir(parents=True, exist_ok=True)
         if args.overwrite:
             # all of them now: what is there later on is of this run
@@ -1127,7 +1240,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag(
         "--workers",
         type=non_negative(int),
-        help="processes that load (default: 0 on a CPU, else up to 8)",
+        help="processes that load images (default: 0 on a CPU; else one per usable core, up to 16)",
     )
 
     flag = parser.add_argument_group("network").add_argument
@@ -1166,6 +1279,13 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="seeds 0, 1, 2 share no member, no batch (default: 0)",
     )
     flag(
+        "--validate-every",
+        type=positive(int),
+        metavar="N",
+        help="epochs from one validation to the next; always after the last one, and --select best "
+        "chooses among those (default: 1, or more where it would take over a tenth of the work)",
+    )
+    flag(
         "--select",
         choices=("last", "best"),
         default="last",
@@ -1178,7 +1298,9 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         "--amp",
         choices=("auto", "bf16", "fp16", "off"),
         default="auto",
-        help="arithmetic of the network (default: bf16 where the processor has it, else float32)",
+        help="arithmetic of the network: bf16, fp16, or off for float32 with all its bits, not "
+        "TF32; heads and losses are always float32 (default: bf16 where the processor has it, "
+        "else off)",
     )
     flag(
         "--compile",

@@ -62,7 +62,10 @@ def small(folder, *more):
     """Flags for a training of seconds."""
     return ("--dataset", "folder", "--data", folder, "--backbone", "resnet18", "--weights", "none",
             "--crop-size", 32, 32, "--batch-size", 2, "--epochs", 2, "--device", "cpu",
-            "--parallel", 1, *more)  # fmt: skip
+                    "--parallel",
+        1,
+        "--validate-every",
+        1, *more)  # fmt: skip
 
 
 def weights(path):
@@ -89,6 +92,12 @@ def trained(tmp_path_factory):
 def flags_of(**changes):
     """`TrainingFlags` of a tiny training on the CPU, without a command line."""
     flags = {name: None for name in train_ensemble.TrainingFlags._fields}
-    flags |= {"device": torch.device("cpu"), "amp": "off", "accumulate": 1, "save_every": 5.0}
+    flags |= {
+        "device": torch.device("cpu"),
+        "amp": "off",
+        "accumulate": 1,
+        "save_every": 5.0,
+        "validate_every": 1,
+    }
     flags |= {"recorded": {"device": "cpu"}}
     return train_ensemble.TrainingFlags(**(flags | changes))

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from conftest import flags_of, small, weights, write_folder
 
+import data
 import distill
 import metrics
 import model
@@ -345,6 +346,9 @@ def test_accumulated_batches_make_one_step(tmp_path):
     class Batches(list):
         epoch = start = 0
 
+        def is_full(self, number):
+            return True
+
     def loss_fn(network, batch):
         return 3 * network.w.sum(), {}
 
@@ -500,6 +504,24 @@ def test_a_checkpoint_says_how_its_network_normalises(trained, tmp_path):
     network = model.load_model(tmp_path / "other.pt")
     assert network.rgb_mean.flatten().tolist() == [0.5] * 3
     assert network.rgb_std.flatten().tolist() == [0.25] * 3
+
+
+def test_validation_is_rarer_where_it_is_expensive(folder, command, tmp_path):
+    flags = [*small(folder), "--members", 1, "--epochs", 5]
+    assert command("train", *flags, "--validate-every", 2, "--out", tmp_path / "two")[0] == 0
+    entries = [json.loads(x) for x in (tmp_path / "two/member_00.jsonl").read_text().splitlines()]
+    assert ["miou" in entry for entry in entries] == [False, True, False, True, True]
+
+    train_set = data.open_dataset("folder", folder, "train")  # 5 images
+    val_set = data.open_dataset("folder", folder, "val")  # 3 images of 40x56
+    unset = flags_of(validate_every=None, select="last", crop_size=(32, 32))
+    chosen = train_ensemble.choose_validation_interval(unset, train_set, val_set)
+    share = 3 * 40 * 56 / (3 * 5 * 32 * 32)
+    assert chosen.validate_every == math.ceil(10 * share) == 5
+    large = unset._replace(crop_size=(320, 320))
+    assert train_ensemble.choose_validation_interval(large, train_set, val_set).validate_every == 1
+    best = unset._replace(select="best")
+    assert train_ensemble.choose_validation_interval(best, train_set, val_set).validate_every == 1
 
 
 def test_fewer_members_than_the_folder_holds_is_said(folder, command, tmp_path):

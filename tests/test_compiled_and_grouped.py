@@ -1,0 +1,172 @@
+"""What a GPU or several processes need, as far as a CPU can show it: compilation, fp16, groups."""
+
+import functools
+
+import pytest
+import torch
+from conftest import flags_of, write_folder
+from torch import distributed as dist
+from torch import nn
+
+import data
+import evaluate
+import train_ensemble
+from model import Prediction, UsageError, choose_device
+from train_ensemble import GroupBatchNorm2d, build_optimizer, fit, share_batch_norm
+
+CPU = torch.device("cpu")
+
+
+class Toy(nn.Module):
+    """A network of two convolutions with the interface of `DeepLabV3`."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.num_classes = num_classes
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.classifier = nn.Conv2d(4, num_classes, 1)
+
+    def forward(self, images, size=None):
+        return Prediction(self.classifier(self.backbone(images.float() / 255)), None)
+
+
+# ------------------------------------------------------------------------------ fp16
+
+
+def test_momentum_is_there_before_a_first_step_that_overflows():
+    model = nn.Module()
+    model.backbone = nn.Linear(3, 3)
+    model.classifier = nn.Linear(3, 3)
+    with torch.no_grad():  # memory that was used before, where an uninitialised buffer would lie
+        junk = [torch.full((3, 3), 1e30) for _ in range(100)]
+    del junk
+    optimizer = build_optimizer(model, lr=0.1, head_lr_mult=1.0, weight_decay=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0, enabled=True)
+    before = model.backbone.weight.detach().clone()
+
+    def step(factor):
+        loss = factor * model.classifier(model.backbone(torch.ones(2, 3))).sum()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    step(torch.inf)
+    assert scaler.get_scale() < 65536  # it overflowed
+    assert torch.equal(model.backbone.weight, before)
+    step(1.0)
+    change = (model.backbone.weight - before).abs().max()
+    assert 0 < change < 1  # a step of lr times the gradient
+
+
+# ------------------------------------------------------------------------------ compilation
+
+
+@pytest.fixture
+def compiled_graphs(monkeypatch):
+    """A list that gets the input shape of every graph that is compiled; they run eagerly."""
+    graphs = []
+    original = torch.compile
+
+    def count(graph, inputs):
+        images = [x for x in inputs if isinstance(x, torch.Tensor) and x.dtype == torch.uint8]
+        graphs.append(tuple(images[0].shape))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(original, backend=count))
+    torch.compiler.reset()
+    yield graphs
+    torch.compiler.reset()
+
+
+def test_a_training_compiles_once(tmp_path, compiled_graphs):
+    folder = write_folder(tmp_path / "data", train=10, val=3)
+    train_set = data.open_dataset("folder", folder, "train")
+    val_set = data.open_dataset("folder", folder, "val")
+    flags = flags_of(epochs=3, lr=0.05, warmup=0, select="last", compile=True)
+    for member in range(10):  # more members than torch.compile's limit of recompilations
+        views = data.TrainingViews(train_set, (32, 32), (0.5, 2.0), [1, 2, member])
+        model = Toy(len(train_set.classes))
+        fit(
+            model,
+            build_optimizer(model, lr=0.05, head_lr_mult=1.0, weight_decay=0.0),
+            train_ensemble.segmentation_loss,
+            data.training_loader(views, 4, 0, CPU),  # 4 + 4 + 2 images: the last batch is smaller
+            functools.partial(
+                evaluate.validate,
+                loader=data.evaluation_loader(val_set, 2, 0, CPU),
+                device=CPU,
+                amp="off",
+            ),
+            flags,
+            tmp_path / f"member_{member:02d}.pt",
+        )
+        # one graph for all members, epochs and full batches; none for the smaller batch
+        assert compiled_graphs == [(4, 3, 32, 32)]
+
+
+# ------------------------------------------------------------------------------ process groups
+
+
+def test_one_card_for_all_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="--device cuda:0 would put all 2 processes .* one card"):
+        choose_device("cuda:0")
+
+
+def test_float32_is_float32():
+    choose_device("cpu")
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def batch_norm_of_a_part(rank, folder, compiled):
+    """One of two processes that normalise 2 and 3 images of a batch of five."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    x = 1.5 + 2 * torch.randn(5, 7, 6, 8)
+    gradient = torch.randn(5, 7, 6, 8)
+    layer = nn.Sequential(nn.BatchNorm2d(7))
+    with torch.no_grad():
+        layer[0].weight.uniform_(0.5, 2)
+        layer[0].bias.normal_()
+    share_batch_norm(layer)
+    assert type(layer[0]) is GroupBatchNorm2d
+    part = slice(0, 2) if rank == 0 else slice(2, 5)
+    mine = x[part].clone().requires_grad_()
+    function = torch.compile(layer, fullgraph=True) if compiled else layer
+    output = function(mine)
+    (output * gradient[part]).sum().backward()
+    result = {"output": output.detach(), "input gradient": mine.grad, **layer.state_dict()}
+    for name, parameter in layer.named_parameters():
+        result[name + " gradient"] = parameter.grad
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_batch_norm_of_two_processes_is_that_of_the_whole_batch(tmp_path, compiled):
+    torch.multiprocessing.spawn(batch_norm_of_a_part, (str(tmp_path), compiled), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+
+    torch.manual_seed(0)
+    x = (1.5 + 2 * torch.randn(5, 7, 6, 8)).requires_grad_()
+    gradient = torch.randn(5, 7, 6, 8)
+    layer = nn.Sequential(nn.BatchNorm2d(7))
+    with torch.no_grad():
+        layer[0].weight.uniform_(0.5, 2)
+        layer[0].bias.normal_()
+    output = layer(x)
+    (output * gradient).sum().backward()
+
+    def both(name):
+        return torch.cat([part[name] for part in parts])
+
+    torch.testing.assert_close(both("output"), output.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(both("input gradient"), x.grad, rtol=1e-6, atol=1e-6)
+    for name, parameter in layer.named_parameters():
+        summed = parts[0][name + " gradient"] + parts[1][name + " gradient"]
+        torch.testing.assert_close(summed, parameter.grad, rtol=1e-5, atol=1e-4)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(parts[0][name], parts[1][name])  # nothing to share between steps
+        torch.testing.assert_close(parts[0][name], value, rtol=1e-6, atol=1e-6)
