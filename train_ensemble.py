@@ -722,8 +722,9 @@ def wrap_for_group(model: nn.Module, device: torch.device) -> nn.Module:
         return model
     share_batch_norm(model)
     devices = [device] if device.type == "cuda" else None
-    # without broadcasting buffers: they are the same by themselves
-    return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    model = nn.parallel.DistributedDataParallel(model, device_ids=devices)
+    model.broadcast_buffers = False  # they are the same by themselves
+    return model
 
 
 def share_batch_norm(model: nn.Module) -> None:

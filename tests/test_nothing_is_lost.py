@@ -458,8 +458,11 @@ def test_members_dealt_out_are_the_same_and_a_student_trains_in_two_processes(fo
     assert {p.suffix for p in (tmp_path / "two").glob("student*")} == {".pt", ".jsonl"}
 
 
-def distil_three_steps(rank, root, world):
-    """Three steps of distillation and a validation, in one process or as one of two."""
+def distil_an_epoch(rank, root, world, frozen):
+    """An epoch of distillation and a validation, in one process or as one of two.
+
+    frozen: batch norm stays as in evaluation.
+    """
     root, cpu = Path(root), torch.device("cpu")
     if world > 1:
         torch.distributed.init_process_group(
@@ -467,7 +470,10 @@ def distil_three_steps(rank, root, world):
         )
     torch.manual_seed(0)
     teacher = Ensemble([DeepLabV3("resnet18", 4) for _ in range(2)])
-    student = DeepLabV3("resnet18", 4, ("std",)).eval()  # batch norm frozen, no dropout
+    student = DeepLabV3("resnet18", 4, ("std",))
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # each process draws its own
     targets = distill.TeacherTargets(teacher, ["std"], False, "off")
     val_set = data.open_dataset("folder", root / "data", "val")  # 3 images
 
@@ -484,7 +490,9 @@ def distil_three_steps(rank, root, world):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     state = train_ensemble.RunState()
     network = train_ensemble.wrap_for_group(student, cpu)
-    student.train = lambda mode=True: student  # stays in evaluation mode
+    if frozen:
+        student.eval()
+        student.train = lambda mode=True: student
     run = train_ensemble.Run(root / "s.pt", student, network, optimizer, scaler, state, [], [])
     weights = distill.LossWeights(uncertainty=1.0, probs=0.0)
     loss_fn = functools.partial(distill.distillation_loss, targets=targets, weights=weights)
@@ -493,7 +501,7 @@ def distil_three_steps(rank, root, world):
     progress = argparse.Namespace(show=lambda state, lr: steps.append(lr))
     train_ensemble.train_one_epoch(run, loss_fn, loader, flags, progress)
     result = {
-        "weights": dict(student.named_parameters()),
+        "weights": student.state_dict(),
         "counts": counts,
         "steps": len(steps),
         "sums": state.sums,
@@ -503,21 +511,37 @@ def distil_three_steps(rank, root, world):
         torch.distributed.destroy_process_group()
 
 
+def distil_alone_and_in_two(root, frozen):
+    """The results of one process, and of each of two."""
+    distil_an_epoch(0, root, 1, frozen)
+    torch.multiprocessing.spawn(distil_an_epoch, (str(root), 2, frozen), nprocs=2)
+    return [torch.load(root / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")]
+
+
 def test_two_processes_distil_as_one(tmp_path):
     folder = write_folder(tmp_path / "data", train=14)
     for number in (0, 3, 7):  # unequal numbers of void pixels
         mask(folder / f"labels/train/{number}.png", 255)
-    distil_three_steps(0, tmp_path, 1)
-    torch.multiprocessing.spawn(distil_three_steps, (str(tmp_path), 2), nprocs=2)
-    one, *two = (torch.load(tmp_path / f"{name}.pt", weights_only=True)
-                 for name in ("1-0", "2-0", "2-1"))  # fmt: skip
-    for result in two:
-        assert result["steps"] == one["steps"] == 3
-        assert result["counts"]["n"] == one["counts"]["n"]
-        assert result["counts"]["iou"] == one["counts"]["iou"]  # exactly, though 3 is no multiple
+    alone, *both = distil_alone_and_in_two(tmp_path, frozen=True)
+    for result in both:
+        assert result["steps"] == alone["steps"] == 3
+        assert result["counts"]["n"] == alone["counts"]["n"]
+        assert result["counts"]["iou"] == alone["counts"]["iou"]  # exactly, though 3 is odd
         for key in ("fidelity_pearson", "fidelity_rmsle"):
-            assert result["counts"][key] == pytest.approx(one["counts"][key], abs=1e-4)
-        for name, value in one["weights"].items():
+            assert result["counts"][key] == pytest.approx(alone["counts"][key], abs=1e-4)
+        for name, value in alone["weights"].items():
             torch.testing.assert_close(result["weights"][name], value, rtol=1e-5, atol=1e-5)
-        for name, value in one["sums"].items():
+        for name, value in alone["sums"].items():
             torch.testing.assert_close(result["sums"][name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_two_processes_share_the_statistics_of_batch_norm(tmp_path):
+    write_folder(tmp_path / "data", train=5)  # a batch of 3 and 2
+    alone, first, second = distil_alone_and_in_two(tmp_path, frozen=False)
+    # one step: with more, batch norm over so few pixels amplifies the rounding of the first
+    assert first["steps"] == alone["steps"] == 1
+    for name, value in alone["weights"].items():
+        assert torch.equal(first["weights"][name], second["weights"][name])
+        tolerance = 1e-4 if "running" in name else 1e-5
+        close = dict(rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(first["weights"][name], value, **close)
