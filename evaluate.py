@@ -47,6 +47,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 import data
@@ -2003,7 +2004,17 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, memory_errors) or "DefaultCPUAllocator" in text:
         return "the memory is full; use a smaller --batch-size or --image-size"
     if "DataLoader worker (pid" in text:
-        return "a process that loads images died, often for want of shared memory; use --workers 0"
+        return (
+            "a process that loads images died, often for want of shared memory; give it more (in "
+            "a container --shm-size=8g), or use --workers 0"
+        )
+    if isinstance(error, dist.DistError) or "/gloo/" in text:
+        # "[file of gloo:line] Connection closed by peer [address]. This is typically ..."
+        reason = text.strip().splitlines()[0].split("] ", 1)[-1][:80]
+        return (
+            f"the group of processes broke ({reason}); look at what the others say, then give "
+            "every node the same command again: it continues"
+        )
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = text.strip().splitlines()[0][:120]
         return f"torch.compile failed ({reason}); install a C++ compiler or use --no-compile"

@@ -3,7 +3,7 @@
     python tests/benchmarks.py                    # all sections
     python tests/benchmarks.py loader metrics     # some of them
 
-Outline, a section each: loader, teacher, distill, inference, train, metrics.
+Outline, a section each: loader, teacher, distill, inference, train, metrics, gpu.
 
 Not collected by pytest. Each section prints a table. Project and published way run in one process
 and take turns; times are medians. Figures hold for one machine and its state: compare only what one
@@ -11,14 +11,19 @@ run prints.
 """
 
 import argparse
+import contextlib
+import gc
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -26,6 +31,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch._dynamo.utils import counters as compiler_counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import Cityscapes
 from torchvision.models.segmentation import deeplabv3_resnet101
 from torchvision.transforms.functional import to_tensor
@@ -41,6 +49,8 @@ from model import (
     Ensemble,
     autocast,
     choose_amp,
+    choose_device,
+    predicted_class,
     predictive_statistics,
     upsample,
 )
@@ -606,14 +616,18 @@ def print_share(what: str, per_image: float, floor: float) -> None:
 
 def print_ceilings(device: torch.device) -> None:
     """What the device reaches itself: a large bf16 product and a large copy."""
-    matrix = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    product = seconds(lambda: matrix @ matrix, device, 20, 5)
     gigabyte = torch.empty(2**30, dtype=torch.uint8, device=device)
     copy = seconds(gigabyte.clone, device, 20, 5)
     name = torch.cuda.get_device_name(device)
-    teraflops = 2 * 8192**3 / product / 1e12
+    teraflops = bf16_ceiling(device) / 1e12
     terabytes = 2 * 2**30 / copy / 1e12
     print(f"{name}: {teraflops:.0f} TFLOP/s bf16, {terabytes:.2f} TB/s")
+
+
+def bf16_ceiling(device: torch.device) -> float:
+    """Floating-point operations a second of a large bf16 matrix product."""
+    matrix = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    return 2 * 8192**3 / seconds(lambda: matrix @ matrix, device, 20, 5)
 
 
 # ------------------------------------------------------------------ metrics
@@ -702,6 +716,385 @@ def bench_metrics(args: argparse.Namespace) -> None:
     )
 
 
+# ------------------------------------------------------------------ gpu
+
+NUM_CLASSES = 19
+# Of the paper's ten: each costs the same forward pass more, and the run has to end in minutes.
+TEACHER_MEMBERS = 2
+WARM_UP_STEPS = 3
+# What a compiled network has to reach of the ceiling.
+WANTED_SHARES = {"training step": 0.50, "distilling step": 0.50, "forward pass": 0.55}
+
+
+class Setting(NamedTuple):
+    """What is measured, and where."""
+
+    device: torch.device
+    amp: str
+    backbone: str
+    side: int  # of the images, in pixels
+    batch_size: int
+    steps: int  # that are timed
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.side, self.side
+
+
+def paper_setting(device: torch.device) -> Setting:
+    """The batch of the paper's protocol on a GPU; on a CPU a toy that shows the same faults."""
+    amp = choose_amp("auto", device)
+    if device.type == "cuda":
+        return Setting(device, amp, "resnet101", side=768, batch_size=16, steps=12)
+    # 3 images, so that an epoch can end with a smaller batch: batch norm needs 2
+    return Setting(device, amp, "resnet18", side=64, batch_size=3, steps=2)
+
+
+class Cost(NamedTuple):
+    """A row of the table; None where this machine cannot tell."""
+
+    work: str  # a key of `WANTED_SHARES`
+    compiled: bool
+    ms_per_image: float | None = None
+    share: float | None = None  # of the ceiling
+    peak_mb: float | None = None  # of building, compiling and running
+    recompilations: int | None = None  # after the warm-up
+    graph_breaks: int | None = None
+    waits_per_step: float | None = None  # of the host for the GPU
+    note: str = ""  # where it waits, why a graph breaks, or why there are no figures
+
+    @property
+    def name(self) -> str:
+        return f"{self.work}, {'compiled' if self.compiled else 'eager'}"
+
+
+# ---- what is measured: functions that make a number of steps
+
+
+def training_batch(setting: Setting) -> data.Sample:
+    """A batch as a training loader gives it: on the CPU, for a GPU in pinned memory."""
+    count = setting.batch_size
+    batch = data.Sample(
+        images=torch.randint(0, 256, (count, 3, *setting.image_size), dtype=torch.uint8),
+        labels=torch.randint(0, NUM_CLASSES, (count, *setting.image_size), dtype=torch.uint8),
+        index=torch.arange(count),
+        view=torch.zeros(count, dtype=torch.long),
+        flip=torch.arange(count) % 2 == 0,
+    )
+    if setting.device.type == "cuda":
+        pinned = [field.pin_memory() for field in batch]
+        batch = data.Sample(*pinned)
+    return batch
+
+
+class RepeatedBatch:
+    """A loader that costs nothing: the same batch `steps` times.
+
+    smaller_last: and one of two images more, as an epoch ends whose images the batch size does not
+    divide.
+    """
+
+    def __init__(self, batch: data.Sample, steps: int, smaller_last: bool):
+        self.batch = batch
+        batch_size = len(batch.images)
+        images = steps * batch_size
+        if smaller_last:
+            images += 2
+        self.batch_sampler = data.EpochBatches(images, batch_size, stream=[0])
+
+    def __iter__(self) -> Iterator[data.Sample]:
+        for number in range(len(self.batch_sampler)):
+            if self.batch_sampler.is_full(number):
+                yield self.batch
+            else:
+                first_two = [field[:2] for field in self.batch]
+                yield data.Sample(*first_two)
+
+
+def build_training(
+    setting: Setting, compiled: bool, measures: tuple[str, ...], loss_fn: Callable
+) -> Callable[[int, bool], None]:
+    """A function (steps, smaller_last) that trains a new network by the project's own loop."""
+    flags = SimpleNamespace(  # what network and loop read of their flags
+        device=setting.device,
+        amp=setting.amp,
+        backbone=setting.backbone,
+        weights="none",
+        accumulate=1,
+        epochs=1,
+        warmup=0,
+        lr=1e-4,
+        save_every=1000,
+    )
+    with contextlib.redirect_stdout(None):
+        network = train_ensemble.build_network(flags, 0, NUM_CLASSES, measures)
+    wrapped = torch.compile(network, dynamic=False) if compiled else network
+    optimizer = train_ensemble.build_optimizer(network, flags.lr, 10.0, 5e-4)
+    scaler = torch.amp.GradScaler(setting.device.type, enabled=False)
+    batch = training_batch(setting)
+
+    def train(steps: int, smaller_last: bool) -> None:
+        loader = RepeatedBatch(batch, steps, smaller_last)
+        state = train_ensemble.RunState()
+        run = train_ensemble.Run(
+            path=Path("network.pt"),  # never written: nothing is saved within the epoch
+            model=network,
+            wrapped_model=wrapped,
+            optimizer=optimizer,
+            scaler=scaler,
+            state=state,
+            image_names=[],
+            signals=[],
+        )
+        progress = train_ensemble.Progress("network", state, 1, len(loader.batch_sampler))
+        progress.live_line = evaluate.LiveLine(silent=True)  # it would read the losses
+        with train_ensemble.fastest_convolutions():
+            train_ensemble.train_one_epoch(run, loss_fn, loader, flags, progress)
+
+    return train
+
+
+def build_member(setting: Setting, compiled: bool) -> Callable[[int, bool], None]:
+    """Training steps of a member."""
+    return build_training(setting, compiled, (), train_ensemble.segmentation_loss)
+
+
+def build_student(setting: Setting, compiled: bool) -> Callable[[int, bool], None]:
+    """Distilling steps of a student, whose teacher sees every batch (`--views 0`)."""
+    members = []
+    for _ in range(TEACHER_MEMBERS):
+        members.append(DeepLabV3(setting.backbone, NUM_CLASSES))
+    teacher = Ensemble(members)
+    teacher.to(setting.device, memory_format=torch.channels_last)
+    if compiled:
+        for member in teacher.members:
+            member.compile(dynamic=False)
+    measures = distill.DEFAULT_TARGETS
+    loss_fn = partial(
+        distill.distillation_loss,
+        targets=distill.TeacherTargets(teacher, list(measures), with_probs=False, amp=setting.amp),
+        weights=distill.LossWeights(uncertainty=1.0, probs=0.0),
+    )
+    return build_training(setting, compiled, measures, loss_fn)
+
+
+def build_forward(setting: Setting, compiled: bool) -> Callable[[int, bool], None]:
+    """Passes of a student from uint8 pixels on the device to classes and uncertainties."""
+    student = DeepLabV3(setting.backbone, NUM_CLASSES, distill.DEFAULT_TARGETS).eval()
+    student.to(setting.device, memory_format=torch.channels_last)
+    network = evaluate.compiled(student) if compiled else student
+    images = training_batch(setting).images.to(setting.device)
+
+    @torch.inference_mode()
+    def forward(steps: int, smaller_last: bool) -> None:
+        for _ in range(steps):
+            with autocast(setting.device, setting.amp):
+                logits, _ = network(images)
+            predicted_class(logits)
+
+    return forward
+
+
+BUILDERS = {
+    "training step": build_member,
+    "distilling step": build_student,
+    "forward pass": build_forward,
+}
+
+
+# ---- how it is measured
+
+
+def operations_per_image(setting: Setting) -> dict[str, float]:
+    """Floating-point operations for one image, two a multiply-add; of the networks alone."""
+    # fake tensors have shapes and no numbers
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        network = DeepLabV3(setting.backbone, NUM_CLASSES)
+        images = torch.empty(2, 3, *setting.image_size, dtype=torch.uint8)
+        logits = network(images).logits
+        forward = counter.get_total_flops() / len(images)
+        logits.sum().backward()
+    step = counter.get_total_flops() / len(images)
+    return {
+        "training step": step,
+        "distilling step": step + TEACHER_MEMBERS * forward,
+        "forward pass": forward,
+    }
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made since its counters were cleared."""
+    return compiler_counters["stats"]["unique_graphs"]
+
+
+@contextlib.contextmanager
+def noted_waits(device: torch.device) -> Iterator[list[str]]:
+    """The places in the code, once for each time, at which the host waits for the GPU meanwhile.
+
+    Where the loop looks at its losses, once in twenty steps and at the end of an epoch, it has to
+    wait: that is not noted.
+    """
+    places = []
+    if device.type != "cuda":
+        yield places
+        return
+    check_finite = train_ensemble.check_finite
+
+    def check_unnoted(*arguments) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        check_finite(*arguments)
+        torch.cuda.set_sync_debug_mode("warn")
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with mock.patch.object(train_ensemble, "check_finite", check_unnoted):
+                yield places
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for warning in caught:
+        if "synchronizing CUDA operation" in str(warning.message):
+            places.append(f"{Path(warning.filename).name}:{warning.lineno}")
+
+
+def measure_cost(
+    work: str, compiled: bool, setting: Setting, ceiling: float | None, operations: float
+) -> Cost:
+    """Build, warm up, time, and count what should not happen any more.
+
+    ceiling: of the device in operations a second; operations: of one image.
+    """
+    device = setting.device
+    torch.compiler.reset()
+    compiler_counters.clear()
+    gc.collect()
+    torch.manual_seed(0)
+    with evaluate.peak_memory(device) as peak:
+        make_steps = BUILDERS[work](setting, compiled)
+        make_steps(WARM_UP_STEPS, smaller_last=True)
+        graphs = compiled_graphs()
+        spent = seconds(partial(make_steps, setting.steps, smaller_last=False), device)
+    with noted_waits(device) as waits:
+        make_steps(setting.steps, smaller_last=True)
+
+    breaks = compiler_counters["graph_break"]
+    reasons = [reason.strip().splitlines()[0] for reason in breaks]
+    places = [f"waits {times} times at {place}" for place, times in Counter(waits).items()]
+    per_image = spent / setting.steps / setting.batch_size
+    cost = Cost(
+        work,
+        compiled,
+        ms_per_image=1000 * per_image,
+        peak_mb=peak.megabytes,
+        recompilations=compiled_graphs() - graphs,
+        graph_breaks=sum(breaks.values()),
+        note="; ".join(places + reasons),
+    )
+    if device.type != "cuda":
+        return cost
+    return cost._replace(
+        share=operations / per_image / ceiling, waits_per_step=len(waits) / (setting.steps + 1)
+    )
+
+
+def measure_all(setting: Setting, ceiling: float | None) -> list[Cost]:
+    """The rows of the table; one that does not fit into the GPU's memory has no figures."""
+    operations = operations_per_image(setting)
+    costs = []
+    for work in BUILDERS:
+        for compiled in (False, True):
+            print(f"{work}, {'compiled' if compiled else 'eager'} ...", flush=True)
+            try:
+                cost = measure_cost(work, compiled, setting, ceiling, operations[work])
+            except torch.OutOfMemoryError:
+                cost = Cost(work, compiled, note="out of memory")
+            costs.append(cost)
+            if setting.device.type == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()
+    return costs
+
+
+# ---- what is said of it
+
+
+def shortfalls(costs: list[Cost]) -> list[str]:
+    """What a GPU should have reached and did not, a few words each."""
+    faults = []
+    for cost in costs:
+        if cost.ms_per_image is None:
+            faults.append(f"{cost.name}: {cost.note}")
+            continue
+        wanted = WANTED_SHARES[cost.work]
+        if cost.compiled and cost.share < wanted:
+            faults.append(f"{cost.name}: {cost.share:.0%} of the ceiling, not {wanted:.0%}")
+        if cost.recompilations:
+            faults.append(f"{cost.name}: {cost.recompilations} recompilations")
+        if cost.waits_per_step:
+            faults.append(f"{cost.name}: {cost.waits_per_step:.1f} waits a step")
+    return faults
+
+
+def print_costs(setting: Setting, costs: list[Cost], card: str) -> None:
+    """Notes first, then the table."""
+    for cost in costs:
+        if cost.note:
+            print(f"{cost.name}: {cost.note}")
+
+    def cell(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    rows = []
+    for cost in costs:
+        row = [
+            cost.name,
+            cell(cost.ms_per_image, ",.2f"),
+            cell(cost.share, ".0%"),
+            cell(cost.peak_mb, ",.0f"),
+            cell(cost.recompilations, "d"),
+            cell(cost.graph_breaks, "d"),
+            cell(cost.waits_per_step, ".1f"),
+        ]
+        rows.append(row)
+    header = ["", "ms an image", "of ceiling", "peak MB", "recompilations", "graph breaks"]
+    header.append("waits a step")
+    print_table(
+        f"gpu: {card}; {setting.backbone}, {setting.batch_size} images of {setting.side} x "
+        f"{setting.side}, {setting.amp}; the student's teacher has {TEACHER_MEMBERS} members, "
+        "where the paper has 10",
+        header,
+        rows,
+    )
+
+
+def bench_gpu(args: argparse.Namespace) -> None:
+    """Steps and passes of the paper's protocol against the card's own limit. SystemExit with one
+    line where a GPU falls short.
+
+    On a CPU it is a toy: torch.compile traces its graphs, but translates none.
+    """
+    device = choose_device(args.device)
+    setting = paper_setting(device)
+    if device.type != "cuda":
+        traced_only = partial(torch.compile, backend="eager")
+        with mock.patch.object(torch, "compile", traced_only):
+            costs = measure_all(setting, ceiling=None)
+        print_costs(setting, costs, "a toy on a CPU")
+        return
+
+    with noted_waits(device) as waits:
+        torch.ones(1, device=device).item()
+    assert len(waits) == 1, "a wait for the GPU is not noticed"
+    ceiling = bf16_ceiling(device)
+    costs = measure_all(setting, ceiling)
+    name = torch.cuda.get_device_name(device)
+    print_costs(setting, costs, f"{name}, {ceiling / 1e12:.0f} TFLOP/s in bf16")
+    faults = shortfalls(costs)
+    if faults:
+        sys.exit(f"fell short: {'; '.join(faults)}")
+
+
 # ------------------------------------------------------------------ command line
 
 SECTIONS = {
@@ -711,6 +1104,7 @@ SECTIONS = {
     "inference": bench_inference,
     "train": bench_train,
     "metrics": bench_metrics,
+    "gpu": bench_gpu,
 }
 
 

@@ -563,6 +563,29 @@ def test_a_fault_of_the_program_in_a_worker_is_a_traceback():
         evaluate.exit_code_of(list, loader)
 
 
+@pytest.mark.parametrize(
+    "text, remedy",
+    [
+        (
+            "DataLoader worker (pid 7) is killed by signal: Bus error.",
+            "a process that loads images died, often for want of shared memory; give it more (in "
+            "a container --shm-size=8g), or use --workers 0",
+        ),
+        (
+            "[third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [::1]:2",
+            "the group of processes broke (Connection closed by peer [::1]:2); look at what the "
+            "others say, then give every node the same command again: it continues",
+        ),
+    ],
+)
+def test_the_end_of_another_process_is_one_line(capsys, text, remedy):
+    def fail():
+        raise RuntimeError(text)
+
+    assert evaluate.exit_code_of(fail) == 2
+    assert capsys.readouterr().err == f"error: {remedy}\n"
+
+
 PRINTER = """
 import sys, evaluate
 def speak():
