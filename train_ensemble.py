@@ -42,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import _functional_collectives as functional_collectives
 from torch.utils.data import DataLoader
 
@@ -992,7 +993,47 @@ def build_network(
     layout = torch.contiguous_format
     if flags.device.type == "cuda":
         layout = torch.channels_last
+        total_bytes = torch.cuda.get_device_properties(flags.device).total_memory
+        warn_of_memory(flags, num_classes, total_bytes)
     return model.to(flags.device, memory_format=layout)
+
+
+def activation_bytes(build_model: Callable[[], nn.Module], flags: TrainingFlags) -> int:
+    """Memory of all that one training step keeps for its backward pass, uncompiled.
+
+    build_model() builds the network. Its pass runs on fake tensors, which have shapes but no
+    memory; compiled, a step keeps about two thirds.
+    """
+    storages = {}
+    kept_tensors = []  # as long as they live, no two storages share an address
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage.nbytes()
+        kept_tensors.append(tensor)
+        return tensor
+
+    with FakeTensorMode():
+        model = build_model().train()
+        images = torch.empty(flags.batch_size, 3, *flags.crop_size, dtype=torch.uint8)
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with hooks, autocast(torch.device("cpu"), flags.amp):
+            model(images)
+    return sum(storages.values())
+
+
+def warn_of_memory(flags: TrainingFlags, num_classes: int, total_bytes: int) -> None:
+    """Print what a step takes where it nears the GPU's memory, and which flags halve it."""
+    build_model = functools.partial(DeepLabV3, flags.backbone, num_classes)
+    needed = activation_bytes(build_model, flags)
+    if needed < 0.7 * total_bytes:
+        return
+    batch_size = max(2, flags.batch_size // 2)
+    accumulate = 2 * flags.accumulate
+    print(
+        f"a training step keeps about {needed / 1e9:.0f} GB (less when compiled), this GPU has "
+        f"{total_bytes / 1e9:.0f}; --batch-size {batch_size} --accumulate {accumulate} takes half"
+    )
 
 
 def build_loaders(

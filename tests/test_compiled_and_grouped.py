@@ -11,7 +11,7 @@ from torch import nn
 import data
 import evaluate
 import train_ensemble
-from model import Prediction, UsageError, choose_device
+from model import DeepLabV3, Prediction, UsageError, choose_device
 from train_ensemble import GroupBatchNorm2d, build_optimizer, fit, share_batch_norm
 
 CPU = torch.device("cpu")
@@ -103,6 +103,40 @@ def test_a_training_compiles_once(tmp_path, compiled_graphs):
         )
         # one graph for all members, epochs and full batches; none for the smaller batch
         assert compiled_graphs == [(4, 3, 32, 32)]
+
+
+# ------------------------------------------------------------------------------ memory
+
+
+def test_the_memory_of_a_step_is_known_before_it_runs(capsys):
+    flags = flags_of(backbone="resnet18", batch_size=2, crop_size=(64, 96))
+    sizes = {}
+
+    def note(tensor):
+        sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        kept.append(tensor)
+        return tensor
+
+    kept = []
+    network = DeepLabV3("resnet18", 5).train()
+    images = torch.zeros(2, 3, 64, 96, dtype=torch.uint8)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        network(images)
+    real = sum(sizes.values())
+    estimate = train_ensemble.activation_bytes(lambda: DeepLabV3("resnet18", 5), flags)
+    assert estimate == pytest.approx(real, rel=0.02)
+
+    train_ensemble.warn_of_memory(flags, 5, total_bytes=100 * real)
+    assert capsys.readouterr().out == ""
+    train_ensemble.warn_of_memory(flags, 5, total_bytes=real)
+    out = capsys.readouterr().out
+    assert "--batch-size 2 --accumulate 2 takes half" in out and out.count("\n") == 1
+
+
+def test_the_papers_protocol_takes_about_forty_gigabytes_uncompiled():
+    flags = flags_of(batch_size=16, crop_size=(768, 768), amp="bf16")
+    needed = train_ensemble.activation_bytes(lambda: DeepLabV3("resnet101", 19), flags)
+    assert 30e9 < needed < 45e9
 
 
 # ------------------------------------------------------------------------------ process groups
