@@ -39,7 +39,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 import data
 from data import IGNORED, Sample
@@ -50,7 +49,6 @@ from model import (
     Ensemble,
     UsageError,
     autocast,
-    get_world_size,
     is_first_process,
     load_ensemble,
     locked,
@@ -105,9 +103,10 @@ def distillation_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The student's loss of a batch, and its terms for the log.
 
-    Void pixels (255) have no label, but the teacher has an uncertainty there: they enter the
-    RMSLE alone. Padding and held-out classes (254) enter nothing. has_unlabelled: the batch
-    was made by `data.PairedViews`, and the images without labels enter the RMSLE alone.
+    Void pixels (255) have no label, but the teacher has an uncertainty there: they
+    enter the RMSLE alone. Padding and held-out classes (254) enter nothing.
+    has_unlabelled: the batch was made by `data.PairedViews`, and the images without
+    labels enter the RMSLE alone.
     """
     labelled = batch
     if has_unlabelled:
@@ -209,9 +208,10 @@ class TargetKey(NamedTuple):
 class TeacherTargets:
     """What the student learns of its teacher, for training batches and validation images.
 
-    measures: names from `metrics.MEASURES`, a channel each. with_probs: the teacher's mean
-    probabilities are learned too. train_cache, val_cache: where the targets of training views
-    and of validation images are kept; without one they are computed each time.
+    measures: names from `metrics.MEASURES`, a channel each. with_probs: the teacher's
+    mean probabilities are learned too. train_cache, val_cache: where the targets of
+    training views and of validation images are kept; without one they are computed each
+    time.
     """
 
     def __init__(
@@ -347,18 +347,19 @@ class TargetCache:
     whenever they are computed: a run that was killed leaves a valid, if incomplete, cache.
 
     path: an .npy file; the .json beside it holds `identity`, all that the targets
-    depend on, and a file with another identity is made anew. largest: what each channel
-    ends at, [T, 1, 1], on the device where targets are used. Raises UsageError where
-    the disk is too small.
+    depend on, and a file with another identity is made anew. None: it is there already.
+    largest: what each channel ends at, [T, 1, 1], on the device where targets are used.
+    Raises UsageError where the disk is too small.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...], largest: Tensor, identity: dict):
+    def __init__(self, path: Path, shape: tuple[int, ...], largest: Tensor, identity: dict | None):
         self.largest = largest
         megabytes = math.prod(shape) / 1e6
         print(f"teacher targets: {shape[0]} x {shape[1]} images, {megabytes:,.1f} MB in {path}")
-        identity = json.loads(json.dumps(identity | {"shape": shape}))
-        if not self.is_current(path, identity):
-            self.create_empty(path, shape, identity)
+        if identity is not None:
+            identity = json.loads(json.dumps(identity | {"shape": shape}))
+            if not self.is_current(path, identity):
+                self.create_empty(path, shape, identity)
         self.targets = np.lib.format.open_memmap(path, "r+")
 
     @staticmethod
@@ -431,13 +432,17 @@ class TargetCache:
 def open_cache(
     path: Path, shape: tuple[int, ...], largest: list[float], identity: dict, device: torch.device
 ) -> TargetCache:
-    """A `TargetCache` that the first process of a group makes; then the others open it."""
-    if not is_first_process():
-        dist.barrier()
-    cache = TargetCache(path, shape, torch.tensor(largest, device=device)[:, None, None], identity)
-    if is_first_process() and get_world_size() > 1:
-        dist.barrier()
-    return cache
+    """A `TargetCache` that the first process of a group makes if need be; then the others open it.
+
+    Only the first looks at the identity: with copies of the data on each machine, the
+    files' times would make the machines disagree.
+    """
+    largest = torch.tensor(largest, device=device)[:, None, None]
+    cache = None
+    if is_first_process():
+        cache = TargetCache(path, shape, largest, identity)
+    wait_for_group(device)
+    return cache or TargetCache(path, shape, largest, identity=None)
 
 
 # -------------------------------------------------------------------------------------- the student
@@ -469,8 +474,8 @@ def train_student(
     stream = random_stream(flags.seed, "student", 0)
     num_classes = len(train_set.classes)
     student = build_network(flags, stream.torch_seed, num_classes, tuple(measures))
-    # The loss takes the mean of the measures, so each has its part of the weight. With weight 0
-    # the head learns nothing, and its rate does not matter.
+    # The loss takes the mean of the measures, so each has its part of the weight. With
+    # weight 0 the head learns nothing, and its rate does not matter.
     weight_of_measure = 1.0
     if distillation.uncertainty_weight > 0:
         weight_of_measure = distillation.uncertainty_weight
@@ -571,8 +576,8 @@ def cache_identity(
 ) -> dict:
     """All that stored targets depend on; where it differs they are of another teacher or view.
 
-    The seed is in the views' stream, the crop in the cache's shape, and the classes in the
-    teacher's identity.
+    The seed is in the views' stream, the crop in the cache's shape, and the classes in
+    the teacher's identity.
     """
     identity = {
         "stream": views.stream,

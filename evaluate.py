@@ -1888,6 +1888,9 @@ REMEDIES = {
     errno.ENOMEM: "the memory is full: use fewer --workers or a smaller --batch-size",
     errno.EIO: "the disk fails: look into the system's log, and use another disk",
     errno.ESTALE: "the network drive has lost the file: mount it again, then run it again",
+    errno.ETIMEDOUT: "the network drive does not answer: check the network, then run it again",
+    errno.ECONNRESET: "the connection broke: check the network, then run it again",
+    errno.EHOSTDOWN: "the network drive's server is down: wait for it, then run it again",
     errno.ENOLCK: "that file system has no locks: name a path on a local disk",
 }
 

@@ -518,8 +518,13 @@ def member_path(folder: Path, member: int) -> Path:
 
 
 def find_members(folder: Path) -> list[Path]:
-    """The members' checkpoints that are in a folder, in order."""
-    return sorted(folder.glob("member_[0-9]*.pt"))
+    """The members' checkpoints in a folder, in order; copies by other names do not count."""
+    return [path for path in sorted(folder.glob("member_*.pt")) if is_member_name(path.stem)]
+
+
+def is_member_name(stem: str) -> bool:
+    """Whether a file is called member_ and a number."""
+    return stem.removeprefix("member_").isdecimal()
 
 
 def member_files(teacher: list[str | Path]) -> list[Path]:
@@ -597,12 +602,13 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if name.startswith("cuda:") and world > 1:
+    several_cards = torch.cuda.device_count() > 1  # a scheduler may show a process one alone
+    if name.startswith("cuda:") and world > 1 and several_cards:
         raise UsageError(
             f"--device {name} would put all {world} processes of torchrun on one card; use "
             "--device cuda, which gives each its own"
         )
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
+    if name == "cuda" and "LOCAL_RANK" in os.environ and several_cards:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     set_float32_precision()
     try:

@@ -208,14 +208,24 @@ def resolve_flags(command: dict, recipe: dict) -> dict:
     if flags["compile"] is None:
         flags["compile"] = device.type == "cuda"
     if flags["workers"] is None:
-        # on a CPU the training itself needs every core
-        usable_cores = len(os.sched_getaffinity(0))
-        flags["workers"] = min(16, usable_cores) if device.type == "cuda" else 0
+        flags["workers"] = 0  # on a CPU the training itself needs every core
+        if device.type == "cuda":
+            flags["workers"] = choose_workers()
 
     low, high = flags["scale"]
     if not (0 < low <= 1 <= high < math.inf):
         raise UsageError(f"--scale {low:g} {high:g}: needs 0 < LO <= 1 <= HI")
     return flags
+
+
+def choose_workers() -> int:
+    """Loading processes for one GPU: its share of the cores that may be used, up to 16."""
+    if hasattr(os, "sched_getaffinity"):
+        usable_cores = len(os.sched_getaffinity(0))
+    else:  # not Linux
+        usable_cores = os.cpu_count() or 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(16, usable_cores // processes))
 
 
 def select_training_flags(resolved: dict) -> TrainingFlags:
@@ -608,6 +618,11 @@ def load_state(
         return RunState()
     saved = read_tensors(path)
     check_same(saved["args"], flags.recorded, path)
+    if "best_weights" not in saved:
+        raise UsageError(
+            f"{path} was written by another version of this program; finish it with that one, or "
+            "use --overwrite to start anew"
+        )
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     if flags.amp == "fp16" and saved["scaler"]:
@@ -896,6 +911,7 @@ def draw_curves(folder: Path) -> None:
     for key, title in (("loss", "Training loss"), ("miou", "Validation mIoU")):
         series = []
         logs = [path.with_suffix(".jsonl") for path in find_members(folder)]
+        logs = [path for path in logs if path.exists()]  # a checkpoint may come from elsewhere
         for number, path in enumerate(logs):
             entries = [json.loads(line) for line in path.read_text().splitlines()]
             epochs = [entry["epoch"] for entry in entries]
@@ -1025,10 +1041,10 @@ def activation_bytes(build_model: Callable[[], nn.Module], flags: TrainingFlags)
 def warn_of_memory(flags: TrainingFlags, num_classes: int, total_bytes: int) -> None:
     """Print what a step takes where it nears the GPU's memory, and which flags halve it."""
     build_model = functools.partial(DeepLabV3, flags.backbone, num_classes)
-    needed = activation_bytes(build_model, flags)
-    if needed < 0.7 * total_bytes:
+    needed = activation_bytes(build_model, flags) / get_world_size()
+    if needed < 0.7 * total_bytes or flags.batch_size < 4:
         return
-    batch_size = max(2, flags.batch_size // 2)
+    batch_size = flags.batch_size // 2
     accumulate = 2 * flags.accumulate
     print(
         f"a training step keeps about {needed / 1e9:.0f} GB (less when compiled), this GPU has "
@@ -1110,7 +1126,10 @@ def train_members(train: Callable[[int, Path], None], paths: dict[int, Path]) ->
 
 
 def train_in_processes(
-    train: Callable[[int, Path], None], paths: dict[int, Path], processes: int
+    train: Callable[[int, Path], None],
+    paths: dict[int, Path],
+    processes: int,
+    device: torch.device,
 ) -> None:
     """`train_members` in several processes with an equal share of the threads each.
 
@@ -1124,7 +1143,7 @@ def train_in_processes(
     for number in range(processes):
         share = {member: paths[member] for member in members[number::processes]}
         if share:
-            arguments = (train, share, threads)
+            arguments = (train, share, threads, device)
             children.append(context.Process(target=child_process, args=arguments))
 
     def pass_on(number: int, frame) -> None:
@@ -1144,11 +1163,14 @@ def train_in_processes(
             raise SystemExit(128 - process.exitcode)
 
 
-def child_process(train: Callable[[int, Path], None], paths: dict[int, Path], threads: int) -> None:
+def child_process(
+    train: Callable[[int, Path], None], paths: dict[int, Path], threads: int, device: torch.device
+) -> None:
     """A process of `train_in_processes`. It hears signals from its parent and ends with it."""
     os.setsid()
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    choose_device(str(device))  # its settings are those of a process
     sys.exit(exit_code_of(train_members, train, paths))
 
 
@@ -1192,13 +1214,13 @@ def main(args: argparse.Namespace) -> None:
             train_member, members=args.members, train_set=train_set, val_set=val_set, flags=flags
         )
         if resolved["parallel"] > 1:
-            train_in_processes(train, paths, resolved["parallel"])
+            train_in_processes(train, paths, resolved["parallel"], flags.device)
         else:
             train_members(train, paths)
 
         # ------------------------------------------------------------ what is there now
         present = find_members(args.out)
-        if world == 1 or len(present) >= args.members:  # of several processes, the last to finish
+        if world == 1 or len(present) >= len(member_ids):  # of several processes, the last
             draw_curves(args.out)
         print(f"{len(present)} members in {args.out}; next: python distill.py --teacher {args.out}")
         surplus = surplus_members(args.out, args.members)

@@ -144,6 +144,7 @@ def test_the_papers_protocol_takes_about_forty_gigabytes_uncompiled():
 
 def test_one_card_for_all_processes_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UsageError, match="--device cuda:0 would put all 2 processes .* one card"):
         choose_device("cuda:0")
 

@@ -545,3 +545,33 @@ def test_two_processes_share_the_statistics_of_batch_norm(tmp_path):
         tolerance = 1e-4 if "running" in name else 1e-5
         close = dict(rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(first["weights"][name], value, **close)
+
+
+# ------------------------------------------------------------------------------ what people leave
+
+
+def test_copies_and_missing_logs_beside_members_do_no_harm(trained, command, tmp_path):
+    out = tmp_path / "c"
+    shutil.copytree(trained[1], out)
+    (out / "member_00.jsonl").unlink()  # a checkpoint that was brought from another machine
+    shutil.copy(out / "member_01.pt", out / "member_00_old.pt")
+    code, text, err = command("train", *small(trained[0]), "--members", 2, "--out", out)
+    assert code == 0 and f"2 members in {out}" in text, err
+    curves = (out / "curves.svg").read_text()
+    assert "member_01" in curves and "member_00" not in curves
+    assert [path.name for path in model.find_members(out)] == ["member_00.pt", "member_01.pt"]
+
+
+def test_the_state_of_another_version_is_refused_in_one_line(trained, command, tmp_path):
+    flags = [*small(trained[0]), "--members", 1, "--out", tmp_path]
+    recorded = train_ensemble.read_checkpoint(trained[1] / "member_00.pt")["args"]
+    torch.save({"args": recorded, "epoch": 0, "seen": 0}, tmp_path / "member_00.state")
+    code, _, err = command("train", *flags)
+    assert code == 2 and "was written by another version" in err and err.count("\n") == 1
+
+
+def test_only_the_first_of_a_group_looks_at_what_stored_targets_depend_on(tmp_path):
+    path, shape, largest = tmp_path / "t.npy", (1, 2, 1, 4, 4), torch.ones(1, 1, 1)
+    distill.TargetCache(path, shape, largest, {"times of files": 1}).targets[:] = 7
+    other = distill.TargetCache(path, shape, largest, identity=None)
+    assert (other.targets == 7).all()
