@@ -21,18 +21,24 @@ Outline, in this order:
     drawn scenes          `SyntheticScenes`, and the unknown objects that are pasted into images
 """
 
+import codecs
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
 import random
 import re
 import signal
+import struct
+import unicodedata
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +46,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 from torchvision.datasets import Cityscapes
@@ -58,11 +64,58 @@ class DataError(ValueError):
 # -------------------------------------------------------------------------------------- image files
 
 SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff")
+ORIENTATION_TAG = 0x0112  # of EXIF
+TURNS = {  # what sets an image upright, by its orientation; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+QUARTER_TURNS = (5, 6, 7, 8)  # these exchange height and width
+ONE_CHANNEL = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B")  # PIL's modes of whole numbers
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def is_image(path: Path) -> bool:
-    """Whether `path` is a file with the suffix of an image, in any case."""
-    return path.suffix.lower().removeprefix(".") in SUFFIXES and path.is_file()
+    """Whether the name of a file has the suffix of an image, in any case."""
+    return path.suffix.lower().removeprefix(".") in SUFFIXES
+
+
+def without_suffix(name: str) -> str:
+    """The name of a file without the suffix of an image. Any other dot belongs to the name."""
+    stem, _, suffix = name.rpartition(".")
+    return stem if suffix.lower() in SUFFIXES else name
+
+
+def walk_files(folder: Path, above: tuple[str, ...] = ()) -> list[Path]:
+    """Every file in a folder and its subfolders, in no order. Links are followed.
+
+    What begins with a dot is left out: the system and editors put it there, as ._x.png and
+    .ipynb_checkpoints. `above` are the folders that the walk came through: a link back to one of
+    them is not followed. DataError at a link that leads nowhere.
+    """
+    real_folder = os.path.realpath(folder)
+    if real_folder in above:
+        return []
+    files = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path = Path(folder, entry.name)
+            if entry.name.startswith("."):
+                continue
+            if entry.is_symlink() and not os.path.exists(path):
+                target = os.readlink(path)
+                raise DataError(
+                    f"the link {path} leads to {target}, which is not there; mend or remove it"
+                )
+            if entry.is_dir():
+                files += walk_files(path, (*above, real_folder))
+            elif entry.is_file():
+                files.append(path)
+    return files
 
 
 @contextmanager
@@ -72,44 +125,182 @@ def open_with_pil(kind: str, path: Path) -> Iterator[Image.Image]:
     `kind` is what the message calls the file: "image" or "mask".
     """
     try:
-        with Image.open(path) as image:
+        with open_any_png(path) as image:
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         message = f"cannot read the {kind} {path} ({error}); restore or remove the file"
         raise DataError(message) from error
 
 
+def open_any_png(path: Path) -> Image.Image:
+    """`Image.open`, also of a PNG file whose metadata are damaged or too long for PIL."""
+    try:
+        return Image.open(path)
+    except (OSError, SyntaxError, ValueError):
+        if not path.is_file():
+            raise
+        content = path.read_bytes()
+        if not content.startswith(PNG_SIGNATURE):
+            raise
+    return Image.open(io.BytesIO(png_without_metadata(content)))
+
+
+def png_without_metadata(content: bytes) -> bytes:
+    """A PNG file with nothing but the chunks that its pixels depend on."""
+    kept = [PNG_SIGNATURE]
+    start = len(PNG_SIGNATURE)
+    while start < len(content):
+        length = int.from_bytes(content[start : start + 4], "big")
+        kind = content[start + 4 : start + 8]
+        end = start + 12 + length  # length, kind and checksum have four bytes each
+        if kind[:1].isupper() or kind == b"tRNS":  # a small letter: not needed for the pixels
+            kept.append(content[start:end])
+        start = end
+    return b"".join(kept)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """How an opened image is turned, 1 to 8 as EXIF counts; 1 where its EXIF data are damaged."""
+    try:
+        orientation = image.getexif().get(ORIENTATION_TAG, 1)
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error):
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An opened image as its EXIF tag says that it is to be seen."""
+    image.load()  # here, so that damaged pixels are not taken for damaged EXIF data
+    orientation = orientation_of(image)
+    if orientation == 1:
+        return image
+    return image.transpose(TURNS[orientation])
+
+
+class Header(NamedTuple):
+    """What an image file says of itself at its beginning."""
+
+    height: int  # upright
+    width: int
+    mode: str  # PIL's
+
+
+def read_header(kind: str, path: Path) -> Header:
+    """The size and mode of an image file; its pixels are not read. `kind` as in `open_with_pil`."""
+    with open_with_pil(kind, path) as image:
+        height = image.height
+        width = image.width
+        # The size of a TIFF file is that of the upright image. And to look for EXIF data behind the
+        # pixels of a PNG file, PIL would read all of it.
+        tag_matters = image.format not in ("TIFF", "PNG") or "exif" in image.info
+        if tag_matters and orientation_of(image) in QUARTER_TURNS:
+            height = image.width
+            width = image.height
+        return Header(height, width, image.mode)
+
+
 def read_image(path: Path) -> Image.Image:
     """An image file of any mode as RGB, upright as its EXIF tag says."""
     with open_with_pil("image", path) as image:
-        image = ImageOps.exif_transpose(image)
+        image = upright(image)
         if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
             grey = (np.asarray(image) >> 8).clip(0, 255)
             image = Image.fromarray(grey.astype(np.uint8))
         return image.convert("RGB")
 
 
-def read_mask(path: Path) -> Image.Image:
-    """A label file as raw values, one byte per pixel; of a palette image the indices."""
+def read_mask(path: Path, colours: Sequence[tuple] = ()) -> Image.Image:
+    """A label file as raw values, one byte per pixel, upright as its EXIF tag says.
+
+    Of a palette image these are the indices. With `colours`, RGB, the mask is a picture in these
+    colours, and the raw values are their numbers in the list. DataError at any other colour.
+    """
     with open_with_pil("mask", path) as mask:
+        mask = upright(mask)
         values = np.array(mask)
         mode = mask.mode
-    fits = values.ndim == 2 and values.dtype.kind in "bui"
-    if not fits or values.min() < 0 or values.max() > 255:
+        if colours:
+            mask = mask.convert("RGB")
+    if colours:
+        return numbers_of_colours(mask, colours, path)
+    if mode in ("LA", "RGB", "RGBA"):
+        values = grey_values(values)
+    if values.ndim == 2 and values.dtype.kind in "bui":
+        if values.min() < 0 or values.max() > 255:
+            raise DataError(
+                f"the mask {path} (mode {mode}) holds values from {values.min()} to "
+                f"{values.max()}; a mask has 0 to 255: convert it"
+            )
+    else:
         raise DataError(
-            f"the mask {path} has mode {mode}, not one class number a pixel; convert it"
+            f"the mask {path} has mode {mode}, not one class number a pixel; convert it, or in "
+            "--dataset folder give the classes in classes.txt their colours, as NAME = R G B"
         )
     return Image.fromarray(values.astype(np.uint8))
 
 
-def read_lines(path: Path, content: str) -> list[str]:
-    """The lines of a text file that are not blank; `content` says in the error what it holds."""
+def grey_values(values: np.ndarray) -> np.ndarray:
+    """[H, W] of an opaque picture [H, W, 2 to 4] in shades of grey; any other as it is."""
+    channels = values.shape[2]
+    if channels in (2, 4) and values[..., -1].min() < 255:
+        return values
+    if channels > 2 and (values[..., :1] != values[..., 1:3]).any():
+        return values
+    return values[..., 0]
+
+
+def numbers_of_colours(picture: Image.Image, colours: Sequence[tuple], path: Path) -> Image.Image:
+    """The number in `colours` of the RGB of each pixel, one byte per pixel.
+
+    DataError at a colour that is not there; `path` is the file of the picture.
+    """
+    pixels = np.asarray(picture.convert("RGBA"))  # four bytes, which one integer can hold
+    packed = pixels.view("<u4")[..., 0] & 0xFFFFFF  # uint32 [H, W], red in the lowest byte
+    numbers = colour_table(tuple(colours))[packed]
+    unknown = np.unique(packed[numbers == NO_COLOUR]).tolist()
+    if unknown:
+        texts = []
+        for key in unknown[:8]:
+            texts.append(f"{key & 255} {key >> 8 & 255} {key >> 16}")
+        raise DataError(
+            f"the mask {path} holds colours that classes.txt lacks, {len(unknown)} in all: "
+            f"{', '.join(texts)}; name them there, as NAME = {texts[0]} or void = {texts[0]}"
+        )
+    return Image.fromarray(numbers)
+
+
+NO_COLOUR = 255  # in a `colour_table`
+
+
+@lru_cache(maxsize=2)
+def colour_table(colours: tuple[tuple, ...]) -> np.ndarray:
+    """uint8 [2^24], from a packed colour to its number in `colours`, or `NO_COLOUR`.
+
+    It has 16 MB, and looking up is ten times as fast as searching for each pixel.
+    """
+    table = np.full(2**24, NO_COLOUR, np.uint8)
+    for number, (red, green, blue) in enumerate(colours):
+        table[red | green << 8 | blue << 16] = number
+    return table
+
+
+def read_lines(path: Path, content: str, errors: str = "replace") -> list[str]:
+    """The lines of a text file that are not blank; `content` says in the error what it holds.
+
+    `errors` is what becomes of bytes that are no UTF-8, as in `bytes.decode`.
+    """
     if not path.is_file():
         raise DataError(
             f"no file {path}, which holds {content}; add it or check --data and --split"
         )
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    stripped = [line.strip() for line in text.splitlines()]
+    text = path.read_bytes()
+    encoding = "utf-8-sig"
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # of a Windows shell
+        encoding = "utf-16"
+        errors = "replace"
+    # Not `splitlines`, which also cuts at characters that a name may have.
+    lines = re.split(r"\r\n|\r|\n", text.decode(encoding, errors))
+    stripped = [line.strip() for line in lines]
     return [line for line in stripped if line]
 
 
@@ -145,7 +336,7 @@ class Layout(NamedTuple):
 
     In the paths, {split} is --split, {stem} the name of an image without `image_suffix`, {folder}
     what lies between `images` and the image, and {aug} is "Aug" for a split whose name ends with
-    "aug".
+    "aug". Upper and lower case are the same in the suffixes of all files.
     """
 
     images: str  # the folder of the images
@@ -157,7 +348,8 @@ class Layout(NamedTuple):
     values: dict[int, int] | None = None
     image_suffix: str = ""  # what follows the stem in the name of an image; empty: .png, .jpg, ...
     # A text file with the stems of the split's images, one per line; the images are then
-    # <images>/<stem>.jpg, and `glob` only describes them. Empty: all images that `glob` matches.
+    # <images>/<stem>.jpg, or of another suffix where there is no such file, and `glob` only
+    # describes them. Empty: all images that `glob` matches.
     listing: str = ""
     roots: tuple[str, ...] = ("",)  # folders below --data that all of this may lie in
 
@@ -236,11 +428,12 @@ LAYOUTS = {
     "voc": Layout(
         images="JPEGImages",
         glob="*",
-        masks="SegmentationClass{aug}/{stem}.png",
+        masks="SegmentationClass{aug}/{folder}/{stem}.png",
         classes=VOC_CLASSES,
         listing="ImageSets/Segmentation/{split}.txt",
         roots=("", "VOC2012", "VOCdevkit/VOC2012"),
     ),
+    # What the masks of this one hold is said in classes.txt: see `read_classes`.
     "folder": Layout(
         images="images/{split}",
         glob="**/*",
@@ -256,30 +449,145 @@ class SplitFiles(NamedTuple):
     folder: Path  # of the images
     images: list[Path]  # in order
     masks: list[Path]  # one for each image, whether it exists or not
+    left_out: list[Path]  # files among the images that may be images of a kind that is not read
+
+
+Listings = dict[Path, dict[str, list[Path]]]  # by folder, the files of each `spelling`
 
 
 def find_files(layout: Layout, data: Path, split: str) -> SplitFiles:
     """The images of a split below the folder `data`, and where the mask of each has to be."""
     root = find_root(layout, data, split)
     folder = root / layout.images.format(split=split)
+    listings: Listings = {}
+    left_out = []
     if layout.listing:
-        images = []
-        listing = root / layout.listing.format(split=split)
-        for line in read_lines(listing, "the images of the split"):
-            # SBD's lists have the paths of both files in each line; what they share is the stem.
-            stem = Path(line.split()[0]).stem
-            images.append(folder / f"{stem}.jpg")
+        images = read_listing(root / layout.listing.format(split=split), folder, listings)
     else:
-        images = sorted(path for path in folder.glob(layout.glob) if is_image(path))
+        images = []
+        for path in sorted(walk_files(folder)):
+            if is_image(path) and matches(path.relative_to(folder), layout.glob):
+                images.append(path)
+            elif not is_image(path) and path.suffix.lower() in ("", *Image.registered_extensions()):
+                left_out.append(path)
 
     aug = "Aug" if split.endswith("aug") else ""
     masks = []
     for path in images:
-        stem = path.name.removesuffix(layout.image_suffix or path.suffix)
+        stem = path.name[: -len(layout.image_suffix or path.suffix)]
         below = path.parent.relative_to(folder)
         mask = layout.masks.format(split=split, folder=below, stem=stem, aug=aug)
-        masks.append(root / mask)
-    return SplitFiles(folder, images, masks)
+        masks.append(find_spelling(root / mask, listings))
+    return SplitFiles(folder, images, masks, left_out)
+
+
+def matches(path: Path, glob: str) -> bool:
+    """Whether a path below the folder of the images is one of those that `Layout.glob` means."""
+    if glob == "**/*":
+        return True
+    below = path.as_posix().lower()
+    return below.count("/") == glob.count("/") and fnmatchcase(below, glob.lower())
+
+
+def read_listing(listing: Path, folder: Path, listings: Listings) -> list[Path]:
+    """The images in `folder` that the lines of a text file name.
+
+    DataError where two lines that differ name one file: something would be trained on twice.
+    """
+    images = []
+    line_of_image = {}
+    # A name that is no UTF-8 comes out of the file as the system itself writes it.
+    for line in read_lines(listing, "the images of the split", errors="surrogateescape"):
+        image = find_listed(line, folder, listings)
+        other = line_of_image.setdefault(image, line)
+        if other != line:
+            raise DataError(
+                f"{listing} has the lines {other!r} and {line!r}, which both name {image}; remove "
+                "one of them"
+            )
+        images.append(image)
+    return images
+
+
+def find_listed(line: str, folder: Path, listings: Listings) -> Path:
+    """The image in `folder` that a line names; `folder`/<stem>.jpg where it is not there.
+
+    A line may also have the paths of image and mask, as SBD's lists do: that is so where nothing
+    has the whole line as its name, and a gap in it stands between two files.
+    """
+    name = line.replace("\\", "/")
+    image = find_image(name, folder, listings)
+    if image is not None:
+        return image
+    for gap in re.finditer(r"\s+", name):
+        first = name[: gap.start()]
+        second = name[gap.end() :]
+        both_are_images = is_image(Path(first)) and is_image(Path(second))
+        if both_are_images or stem_of(first) == stem_of(second):
+            name = first
+            image = find_image(name, folder, listings)
+            break
+    if image is None:
+        return folder / f"{stem_of(name)}.jpg"
+    return image
+
+
+def find_image(name: str, folder: Path, listings: Listings) -> Path | None:
+    """The image in `folder` with this stem, file name or path; None where there is none.
+
+    DataError where several files fit and none of them is a .jpg.
+    """
+    # Below the folder of the images the whole path counts, of any other folder the name alone.
+    below = name.rpartition(f"/{folder.name}/")[2].removeprefix(f"{folder.name}/")
+    for place in (below.lstrip("/"), Path(name).name):
+        path = folder / place
+        if is_image(path) and path.is_file():
+            return path
+        for stem in (place, without_suffix(place)):
+            usual = folder / f"{stem}.jpg"
+            if usual.is_file():
+                return usual
+        found = []
+        for suffix in SUFFIXES:
+            path = find_spelling(folder / f"{without_suffix(place)}.{suffix}", listings)
+            if path.is_file():
+                found.append(path)
+        if len(found) > 1:
+            raise DataError(f"{found[0]} and {found[1]} are both {name} of the list; remove one")
+        if found:
+            return found[0]
+    return None
+
+
+def stem_of(path: str) -> str:
+    """The name of a file without its folder and the suffix of an image."""
+    return without_suffix(Path(path).name)
+
+
+def spelling(name: str) -> str:
+    """What is equal for two names that differ in the case of the suffix or in how Unicode writes
+    an accent: macOS writes some letters as two characters, others as one."""
+    stem, suffix = os.path.splitext(name)
+    return unicodedata.normalize("NFC", stem) + suffix.lower()
+
+
+def find_spelling(path: Path, listings: Listings) -> Path:
+    """The file `path`, or the one beside it with the same `spelling`; `path` without either.
+
+    DataError where two have it. `listings` keeps what was read of the folders.
+    """
+    if path.is_file():
+        return path
+    folder = path.parent
+    if folder not in listings:
+        names = os.listdir(folder) if folder.is_dir() else []
+        listings[folder] = {}
+        for name in names:
+            listings[folder].setdefault(spelling(name), []).append(folder / name)
+    found = listings[folder].get(spelling(path.name), [path])
+    if len(found) > 1:
+        raise DataError(f"{found[0]} and {found[1]} both stand for {path.name}; remove one of them")
+    return found[0]
 
 
 def find_root(layout: Layout, data: Path, split: str) -> Path:
@@ -295,10 +603,14 @@ def check_pairs(files: SplitFiles) -> None:
     """DataError where an image or a mask is missing, or where two images have the same mask."""
     image_of_mask = {}
     for image, mask in zip(files.images, files.masks, strict=True):
-        if not mask.is_file():
-            raise DataError(f"no mask {mask} for the image {image}; add it or remove the image")
         if not image.is_file():
             raise DataError(f"no image {image} for the mask {mask}; add it or shorten the list")
+        if not mask.is_file():
+            if mask.is_symlink():
+                raise DataError(
+                    f"the mask {mask} is a link to {os.readlink(mask)}, which is not there; mend it"
+                )
+            raise DataError(f"no mask {mask} for the image {image}; add it or remove the image")
         other = image_of_mask.setdefault(mask, image)
         if other != image:
             raise DataError(f"{other} and {image} both have the mask {mask}; remove one of them")
@@ -373,6 +685,10 @@ class SegmentationDataset(Dataset):
         names: a unique name for each sample, for the files that are made from it.
         hold_out: names of the classes that were taken out, see `remove_classes`.
         image_size: (H, W) of the network's input; None for each image's own size.
+        mask_colours: of masks that are colour pictures, the RGB of each raw value; else empty.
+        mask_sizes: (H, W) of every mask, once `check_headers` has looked at the files.
+        left_out: see `SplitFiles`.
+        class_file: the file that names the classes; None where the layout does.
         allowed_values: bool [256], which raw values may occur in a mask.
         label_of_value: uint8 [256], from the raw value in a mask to 0..C-1, `VOID` or `IGNORED`.
         decoded: the samples of `cache_decoded`, None without a cache.
@@ -400,6 +716,10 @@ class SegmentationDataset(Dataset):
         self.hold_out: list[str] = []
         self.image_size = image_size
         self.decoded: DecodedFiles | None = None
+        self.mask_colours: list[tuple] = []
+        self.mask_sizes: list[Size] = []
+        self.left_out: list[Path] = []
+        self.class_file: Path | None = None
 
         if values is None:
             values = {label: label for label in range(len(classes))}
@@ -424,14 +744,35 @@ class SegmentationDataset(Dataset):
             return image.height, image.width
         return self.image_size
 
+    def check_headers(self) -> None:
+        """DataError where a file is no image, or a mask has not the size of its image.
+
+        Only the headers are read, in seconds for thousands of files; both files of a pair are read
+        as a whole where the headers do not settle it.
+        """
+        self.mask_sizes = []
+        first_mode = ""
+        for index, mask_path in enumerate(self.masks):
+            image = read_header("image", self.images[index])
+            mask = read_header("mask", mask_path)
+            size = (mask.height, mask.width)
+            settled = size == (image.height, image.width)
+            if mask.mode not in ONE_CHANNEL and not self.mask_colours:
+                # A picture is fine where it is grey. The first one answers for all others.
+                settled = settled and mask.mode == first_mode
+            if not settled:
+                _, whole_mask = self.read(index)
+                size = (whole_mask.height, whole_mask.width)
+            if not first_mode:
+                first_mode = mask.mode
+            self.mask_sizes.append(size)
+
     def largest_mask(self) -> Size:
         """(H, W) that holds every mask of the split."""
-        heights = []
-        widths = []
-        for path in self.masks:
-            with open_with_pil("mask", path) as mask:
-                heights.append(mask.height)
-                widths.append(mask.width)
+        if not self.mask_sizes:
+            self.check_headers()
+        heights = [height for height, _ in self.mask_sizes]
+        widths = [width for _, width in self.mask_sizes]
         return max(heights), max(widths)
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
@@ -440,14 +781,23 @@ class SegmentationDataset(Dataset):
             sample = self.decoded[index]
             return sample.crop((0, 0, sample.width, sample.height))
         image = read_image(self.images[index])
-        mask = read_mask(self.masks[index])
+        mask = read_mask(self.masks[index], self.mask_colours)
         if image.size != mask.size:
+            hint = ""
+            if image.size == mask.size[::-1]:
+                hint = ", and one of them may have an EXIF tag that turns it"
             raise DataError(
                 f"the mask {self.masks[index]} is {mask.width}x{mask.height}, but "
                 f"{self.images[index]} is {image.width}x{image.height}; a mask has the size of its "
-                "image"
+                f"image{hint}"
             )
         return image, mask
+
+    def read_values(self, index: int) -> Image.Image:
+        """The raw values of mask `index` alone."""
+        if self.decoded is not None:
+            return Image.fromarray(np.asarray(self.decoded[index].mask))
+        return read_mask(self.masks[index], self.mask_colours)
 
     def open_for_cropping(self, index: int) -> "ImageAndMask | CachedSample":
         """Sample `index` as something with `height`, `width` and `crop(box)`. With a cache, only
@@ -459,16 +809,35 @@ class SegmentationDataset(Dataset):
 
     def to_labels(self, mask: Image.Image, index: int) -> np.ndarray:
         """uint8 labels [H, W] of (a part of) the mask `index`; DataError at unknown raw values."""
-        counts = np.array(mask.histogram())
+        self.check_values(np.array(mask.histogram()), index)
+        # `point` looks up in C, in a third of the time of indexing `label_of_value` with the mask.
+        return np.array(mask.point(self.label_of_value.tolist()))
+
+    def check_values(self, counts: np.ndarray, index: int) -> None:
+        """DataError where the mask `index` has pixels of unknown values; `counts` is of each."""
         unknown = np.flatnonzero((counts > 0) & ~self.allowed_values)
         if len(unknown):
             values = ", ".join(str(value) for value in unknown[:8])
+            remedy = "is it the right kind of file?"
+            if self.class_file is not None:
+                known = np.flatnonzero(self.allowed_values)
+                remedy = (
+                    f"{self.class_file} has {self.values_text(known)}; give each value a line "
+                    f"there, as NAME = {unknown[0]} or void = {unknown[0]}"
+                )
             raise DataError(
-                f"the mask {self.masks[index]} holds {values}, no label of {self.name}; is it the "
-                "right kind of file?"
+                f"the mask {self.masks[index]} holds {values}, no label of {self.name}; {remedy}"
             )
-        # `point` looks up in C, in a third of the time of indexing `label_of_value` with the mask.
-        return np.array(mask.point(self.label_of_value.tolist()))
+
+    def values_text(self, values: Sequence[int]) -> str:
+        """Raw values in rising order as text: their colours, where the masks are pictures."""
+        if not self.mask_colours:
+            return number_ranges(values)
+        colours = []
+        for value in values:
+            red, green, blue = self.mask_colours[value]
+            colours.append(f"{red} {green} {blue}")
+        return ", ".join(colours)
 
     def remove_classes(self, hold_out: list[str]) -> None:
         """Take classes out of the network: their pixels become 254, the others are renumbered.
@@ -497,6 +866,103 @@ class SegmentationDataset(Dataset):
         self.classes = classes
         self.palette = palette
         self.hold_out = list(hold_out)
+
+
+def number_ranges(numbers: Sequence[int]) -> str:
+    """Numbers in rising order as text: 0..3, 255."""
+    ranges = []
+    for number in numbers:
+        if ranges and ranges[-1][1] == number - 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    parts = []
+    for first, last in ranges:
+        parts.append(str(first) if first == last else f"{first}..{last}")
+    return ", ".join(parts)
+
+
+# How many pixels of masks `count_values` counts, where a split has more: a second's work, and a few
+# seconds' where a class was not seen until then.
+FEW_PIXELS = 5 * 10**7
+MANY_PIXELS = 5 * 10**8
+
+
+class ValueCounts(NamedTuple):
+    """What `count_values` found."""
+
+    pixels: np.ndarray  # int64 [256], of each raw value
+    masks: int  # how many were counted
+
+
+def count_values(dataset: SegmentationDataset) -> ValueCounts:
+    """The raw values of all masks of a data set or, where they are many, of a random sample.
+
+    DataError at values that are no label.
+    """
+    pixels = np.zeros(256, np.int64)
+    num_masks = 0
+    unseen = set(range(len(dataset.classes)))
+    for index in np.random.default_rng(0).permutation(len(dataset)).tolist():
+        limit = MANY_PIXELS if unseen else FEW_PIXELS
+        if pixels.sum() > limit:
+            break
+        counts = np.array(dataset.read_values(index).histogram())
+        dataset.check_values(counts, index)
+        pixels += counts
+        num_masks += 1
+        unseen -= set(dataset.label_of_value[pixels > 0].tolist())
+    return ValueCounts(pixels, num_masks)
+
+
+def split_warnings(dataset: SegmentationDataset, split: str, training: bool) -> list[str]:
+    """What is odd about a split, in a line each: `label_warnings`, and files that are not read."""
+    warnings = label_warnings(dataset, split, training)
+    if dataset.left_out:
+        warnings.append(
+            f"{len(dataset.left_out)} files of the split {split} are left out, the first is "
+            f"{dataset.left_out[0]}; images end in .{', .'.join(SUFFIXES)}: convert or move them"
+        )
+    return warnings
+
+
+def label_warnings(dataset: SegmentationDataset, split: str, training: bool) -> list[str]:
+    """What is odd about the labels of a split, in a line each: a single class or none and, for
+    `training`, classes without a pixel. Of drawn scenes nothing is."""
+    if not dataset.masks:
+        return []
+    counts = count_values(dataset)
+    values = np.flatnonzero(counts.pixels)
+    labels = set(dataset.label_of_value[values].tolist())
+    seen = [name for label, name in enumerate(dataset.classes) if label in labels]
+    missing = [name for name in dataset.classes if name not in seen]
+
+    masks = f"the {counts.masks} masks"
+    if counts.masks < len(dataset):
+        masks = f"a sample of {counts.masks} of the {len(dataset)} masks"
+    where = f"in {masks} of the split {split}, which hold {dataset.values_text(values)}"
+    is_void = dataset.allowed_values & (dataset.label_of_value == VOID)
+    void = "nothing"
+    if is_void.any():
+        void = dataset.values_text(np.flatnonzero(is_void))
+    reasons = f"usual reasons: masks that are numbered otherwise ({void} is void here)"
+    if dataset.class_file is not None:
+        reasons += f", which {dataset.class_file} can say with NAME = VALUE"
+
+    if not seen:
+        return [f"no pixel has a class {where}; {reasons}"]
+    if len(seen) == 1:
+        return [
+            f"every labelled pixel is {seen[0]!r} {where}; the mIoU of a single class says "
+            f"nothing; {reasons}"
+        ]
+    if missing and training:
+        names = ", ".join(repr(name) for name in missing)
+        return [
+            f"no pixel is {names} {where}; nothing can be learned about it; {reasons}, or a class "
+            "that these images do not show"
+        ]
+    return []
 
 
 def open_dataset(
@@ -540,24 +1006,131 @@ def open_files(name: str, data: Path, split: str, image_size: Size | None) -> Se
     files = find_files(layout, data, split)
     check_pairs(files)
     classes = layout.classes
+    values = layout.values
+    class_list = None
     if classes is None:
-        classes = read_classes(data / "classes.txt")
+        class_list = read_classes(data / "classes.txt")
+        classes = class_list.classes
+        values = class_list.values
     if "**" in layout.glob:  # folders as the user likes them: each may have an image 1.png
         names = names_below(files.folder, files.images)
     else:
         names = short_names(files.images)
-    return SegmentationDataset(
-        name, classes, layout.values, files.images, files.masks, names, image_size
+    dataset = SegmentationDataset(
+        name, classes, values, files.images, files.masks, names, image_size
     )
+    if class_list is not None:
+        dataset.class_file = data / "classes.txt"
+        dataset.mask_colours = class_list.colours
+    dataset.left_out = files.left_out
+    dataset.check_headers()
+    return dataset
 
 
-def read_classes(path: Path) -> dict[str, tuple]:
-    """The classes that classes.txt names, one per line, with the colours of Pascal VOC."""
-    names = read_lines(path, "the names of the classes, a name a line")
+CLASS_FILE_HELP = (
+    "classes.txt of --dataset folder names a class a line, numbered from 0, where 255 is void; or "
+    "with the value that the masks have for it (road = 7, crack = 255, void = 11) or its colour "
+    "(sky = 128 128 128), for every value that occurs; a name may stand in several lines"
+)
+
+
+class ClassList(NamedTuple):
+    """What classes.txt says."""
+
+    classes: dict[str, tuple]  # name: RGB
+    values: dict[int, int] | None  # as in `Layout`
+    colours: list[tuple]  # RGB of each raw value, where the masks are colour pictures; else empty
+
+
+def read_classes(path: Path) -> ClassList:
+    """The classes of the layout `folder`, with the colours of Pascal VOC or those of the masks.
+
+    The file has a class in each line, in the order of the labels. Names alone mean that the masks
+    hold the labels: 0 for the first line, and 255 for void. Or each line says what the masks hold:
+
+        road = 7                a value, 0 to 255
+        crack = 255             without this line or a line of void, 255 is refused like any value
+        sky = 128 128 128       or red, green and blue: then the masks are colour pictures, and
+                                one number is a shade of grey, 7 for 7 7 7
+        void = 11               not labelled, which is no class
+
+    Several lines may have the same name: their values become one class. DataError at lines that
+    cannot be understood or contradict each other.
+    """
+    lines = read_lines(path, "the names of the classes, a name a line")
+    if any("=" in line for line in lines):
+        return read_class_values(path, lines)
+    check_class_names(path, lines)
+    return ClassList(with_palette(lines), None, [])
+
+
+def check_class_names(path: Path, names: list[str]) -> None:
+    """DataError where these cannot be the classes of a network; `path` is the file with them."""
     if not 2 <= len(names) <= 254 or len(set(names)) < len(names):
         raise DataError(f"{path} names {len(names)} classes; it needs 2 to 254 different ones")
-    palette = bit_palette(len(names) + 1)[1:]  # the first one is black
+
+
+CLASS_LINE = re.compile(r"(?P<name>.+?)\s*=\s*(?P<value>\d+|\d+[\s,]+\d+[\s,]+\d+)")
+
+
+def read_class_values(path: Path, lines: list[str]) -> ClassList:
+    """The classes of a file `path` with lines NAME = VALUE or NAME = R G B."""
+    entries = [read_class_line(path, line) for line in lines]
+    in_colour = any(len(numbers) == 3 for _, numbers in entries)
+
+    name_of_value: dict[tuple, str] = {}  # in the order of the lines
+    for name, numbers in entries:
+        if in_colour and len(numbers) == 1:
+            numbers = 3 * numbers  # a shade of grey
+        if numbers in name_of_value:
+            text = " ".join(str(number) for number in numbers)
+            raise DataError(
+                f"{path} gives {text} to {name_of_value[numbers]!r} and to {name!r}; remove one"
+            )
+        name_of_value[numbers] = name
+    if in_colour and len(name_of_value) > NO_COLOUR:
+        raise DataError(
+            f"{path} has {len(name_of_value)} colours; at most {NO_COLOUR} are possible"
+        )
+
+    colour_of_name = {}
+    for numbers, name in name_of_value.items():
+        if not means_void(name):
+            colour_of_name.setdefault(name, numbers)  # the first of its colours
+    names = list(colour_of_name)
+    check_class_names(path, names)
+    values = {}
+    for line_number, (numbers, name) in enumerate(name_of_value.items()):
+        value = line_number if in_colour else numbers[0]
+        values[value] = VOID if means_void(name) else names.index(name)
+    if in_colour:
+        return ClassList(colour_of_name, values, list(name_of_value))
+    return ClassList(with_palette(names), values, [])
+
+
+def with_palette(names: list[str]) -> dict[str, tuple]:
+    """The names with the colours of Pascal VOC but black, the first one."""
+    palette = bit_palette(len(names) + 1)[1:]
     return dict(zip(names, palette, strict=True))
+
+
+def read_class_line(path: Path, line: str) -> tuple[str, tuple[int, ...]]:
+    """The name in a line of classes.txt, and its value or its red, green and blue."""
+    match = CLASS_LINE.fullmatch(line)
+    numbers: tuple[int, ...] = ()
+    if match is not None:
+        numbers = tuple(int(digits) for digits in re.findall(r"\d+", match["value"]))
+    if not numbers or max(numbers) > 255:
+        raise DataError(
+            f"{path} has the line {line!r}; each has to be NAME = VALUE or NAME = R G B, with "
+            "numbers from 0 to 255"
+        )
+    return match["name"], numbers
+
+
+def means_void(name: str) -> bool:
+    """Whether a name in classes.txt says that what has this value is not labelled."""
+    return name.lower() == "void"
 
 
 # ------------------------------------------------------------------------------------- decode cache
@@ -628,12 +1201,14 @@ def cache_decoded(dataset: SegmentationDataset, folder: Path) -> None:
     """Let `dataset` read its samples from a file in `folder`, which is made where it is missing.
 
     The file's name depends on path, size and time of all source files: after a change a new one is
-    made. It is complete or not there, also if several processes make it at once. DataError for
-    drawn scenes, which have no files.
+    made, for masks in colours also after a change of classes.txt. It is complete or not there, also
+    if several processes make it at once. DataError for drawn scenes, which have no files.
     """
     if not dataset.images:
         raise DataError(f"--cache {folder}: drawn scenes are not read from files; leave it out")
     sources = [*dataset.images, *dataset.masks]
+    if dataset.mask_colours:
+        sources.append(dataset.class_file)  # whose lines number the colours that are kept
     path = folder / f"{dataset.name}-{fingerprint(sources)}.bin"
     folder.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
@@ -1255,6 +1830,8 @@ def open_anomalies(spec: str, name: str, folders: list[Path], image_size: Size |
         title, layout.values, image_files, mask_files, differences, names, image_size
     )
 
+    anomalies.check_headers()
+
     void = [str(value) for value, label in layout.values.items() if label == VOID]
     protocol = {
         "source": " ".join(str(folder) for folder in folders),
@@ -1267,13 +1844,11 @@ def open_anomalies(spec: str, name: str, folders: list[Path], image_size: Size |
 
 
 def list_files(folders: list[Path]) -> list[tuple[Path, str]]:
-    """Every file in the folders and their subfolders, with its path below the folder."""
+    """The files that `walk_files` finds in the folders, each with its path below the folder."""
     files = []
     for folder in folders:
-        for directory, _, names in os.walk(folder, followlinks=True):
-            for name in names:
-                path = Path(directory, name)
-                files.append((path, path.relative_to(folder).as_posix()))
+        for path in walk_files(folder):
+            files.append((path, path.relative_to(folder).as_posix()))
     return files
 
 
@@ -1284,7 +1859,8 @@ def files_by_id(files: list[tuple[Path, str]], pattern: re.Pattern, kind: str) -
     """
     path_of_id = {}
     for path, below in files:
-        match = pattern.fullmatch(below)
+        # Image and mask may write an accent in two ways, see `spelling`.
+        match = pattern.fullmatch(unicodedata.normalize("NFC", below))
         if match is None:
             continue
         image_id = match["id"]
@@ -1355,9 +1931,12 @@ class UnlabelledImages(SegmentationDataset):
 
 def open_images(flag: str, folder: Path, image_size: Size | None) -> UnlabelledImages:
     """The images of the folder that `flag` names, and of its subfolders."""
-    images = [path for path in sorted(folder.rglob("*")) if is_image(path)]
+    files = walk_files(folder) if folder.is_dir() else []
+    images = [path for path in sorted(files) if is_image(path)]
     if not images:
         raise DataError(f"{flag} {folder}: no image is there; name a folder of images")
+    for path in images:
+        read_header("image", path)  # a file that is none is refused now, not an hour later
     return UnlabelledImages(flag.removeprefix("--"), images, image_size)
 
 

@@ -641,6 +641,7 @@ def evaluate_ood(
             results[key] |= components
     else:
         text = f"the OOD set {ood.name} has no anomalous pixel; its figures are undefined"
+        text += f" (void: {ood.protocol['void']})"
         print(f"warning: {text}", file=sys.stderr)
     further_images = len(next(iter(in_distribution.values()), []))  # the same for every score
     return results, ood_protocol(ood, tracker, further_images)
@@ -870,7 +871,7 @@ def predict_files(
     files = [source]
     root = source.parent
     if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.is_file())
+        files = sorted(data.walk_files(source))
         root = source
     names = map_names(files)
     skipped = []
@@ -894,13 +895,15 @@ def predict_files(
 
 def map_names(files: list[Path]) -> dict[Path, Path]:
     """What the names of each file's maps begin with: the file's name without its suffix; with it
-    where two files share the stem."""
+    where two files share the stem, and where it is none of an image, as in cam.1."""
     taken = Counter(files)
     taken.update(path.with_suffix("") for path in files)
+    known_suffixes = Image.registered_extensions()
     names = {}
     for path in files:
         short = path.with_suffix("")
-        names[path] = short if taken[short] == 1 else path
+        has_suffix = path.suffix.lower() in known_suffixes
+        names[path] = short if has_suffix and taken[short] == 1 else path
     return names
 
 
@@ -1011,6 +1014,7 @@ VIRIDIS = np.frombuffer(
     ),
     np.uint8,
 )
+OOD_PANELS = 3  # panels of each OOD set, at most
 PANEL_SIDE = 360  # pixels: the longer side of a picture in a panel
 PANEL_MARGIN = 14  # pixels: around it
 PANEL_TITLE = 24  # pixels: from the top of a cell to its picture
@@ -2312,11 +2316,19 @@ def run_protocol(
 
 
 def open_ood_sets(specs: list[str], dataset: data.SegmentationDataset) -> list[data.OODSet]:
-    """The OOD sets that --ood names; UsageError where two of them would share a name."""
+    """The OOD sets that --ood names; UsageError where two of them would share a name, or the file
+    of a panel."""
     ood_sets = [data.open_ood(spec, dataset) for spec in specs]
     for name, count in Counter(ood.name for ood in ood_sets).items():
         if count > 1:
             raise UsageError(f"--ood names {count} sets {name}; evaluate them one by one")
+    panels = Counter()
+    for ood in ood_sets:
+        for image_name in ood.dataset.names[:OOD_PANELS]:
+            panels[f"{ood.name.replace(' ', '_')}_{image_name}"] += 1
+    for name, count in panels.items():
+        if count > 1:
+            raise UsageError(f"--ood: {count} sets have an image {name}; evaluate them one by one")
     return ood_sets
 
 
@@ -2359,7 +2371,14 @@ def main(args: argparse.Namespace) -> None:
             f"{settings.dataset} has {', '.join(dataset.classes)}; "
             "evaluate on the data set they were trained on"
         )
+    for warning in data.split_warnings(dataset, settings.split, training=False):
+        print(f"warning: {warning}", file=sys.stderr)
     ood_sets = open_ood_sets(settings.ood, dataset)
+    if args.save_scores is not None and settings.split in [ood.name for ood in ood_sets]:
+        raise UsageError(
+            f"--save-scores: the split and the OOD set are both called {settings.split}, and would "
+            "have the same folder; rename that of the OOD set, or evaluate it without --save-scores"
+        )
     in_distribution_set = None
     if args.in_distribution is not None:
         in_distribution_set = data.open_images(
@@ -2404,7 +2423,7 @@ def main(args: argparse.Namespace) -> None:
         chosen = choose_images(split.accuracy, args.panels)
         panels = draw_panels(networks, dataset, chosen, panel_folder, inference)
         for ood in ood_sets:
-            count = min(args.panels, len(ood.dataset), 3)
+            count = min(args.panels, len(ood.dataset), OOD_PANELS)
             chosen = [(f"OOD {ood.name}", index) for index in range(count)]
             panels += draw_panels(
                 networks, ood.dataset, chosen, panel_folder, inference, anomalies=True
@@ -2454,7 +2473,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("data (default: as the networks were trained)")
     group.add_argument("--dataset", choices=data.DATASETS)
-    group.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set")
+    group.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help=f"folder of the data set; {data.CLASS_FILE_HELP}",
+    )
     group.add_argument("--split", default="val", help="(default: val)")
     group.add_argument(
         "--image-size",

@@ -928,7 +928,10 @@ def draw_curves(folder: Path) -> None:
 
 
 def open_splits(flags: TrainingFlags) -> tuple[data.SegmentationDataset, data.SegmentationDataset]:
-    """The training and the validation split; prints their sizes and the resolved flags."""
+    """The training and the validation split; prints their sizes and the resolved flags.
+
+    Warnings about their labels go to stderr.
+    """
     splits = []
     for split in (flags.split, "val"):
         dataset = data.open_dataset(
@@ -936,6 +939,11 @@ def open_splits(flags: TrainingFlags) -> tuple[data.SegmentationDataset, data.Se
         )
         splits.append(dataset)
     train_set, val_set = splits
+    warnings = data.split_warnings(train_set, flags.split, training=True)
+    warnings += data.split_warnings(val_set, "val", training=False)
+    if os.environ.get("RANK", "0") == "0":  # one process of torchrun's speaks for all
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
     if flags.cache:
         data.cache_decoded(train_set, flags.cache)
         data.cache_decoded(val_set, flags.cache)
@@ -1271,7 +1279,12 @@ def batch_size(text: str) -> int:
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that members and student share; None means as the recipe (or the teacher) has it."""
     flag = parser.add_argument_group("data").add_argument
-    flag("--data", type=Path, metavar="DIR", help="folder of the data set, as published")
+    flag(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help=f"folder of the data set, as published; {data.CLASS_FILE_HELP}",
+    )
     flag("--split", default="train", help="training split; voc also has trainaug (default: train)")
     flag(
         "--image-size",
