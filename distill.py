@@ -24,6 +24,14 @@ Outline:
     command line        main and the flags
 """
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036, an older Python reads until here
+    version = sys.version.split()[0]
+    remedy = "make the virtual environment with Python 3.11 or newer"
+    print(f"error: this is Python {version}; {remedy}", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import contextlib
 import functools
@@ -31,7 +39,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple

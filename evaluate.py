@@ -22,6 +22,14 @@ Outline, one section per line:
     command line                          find and open the networks, resolve, main
 """
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036, an older Python reads until here
+    version = sys.version.split()[0]
+    remedy = "make the virtual environment with Python 3.11 or newer"
+    print(f"error: this is Python {version}; {remedy}", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import base64
 import contextlib
@@ -35,13 +43,13 @@ import math
 import os
 import re
 import shutil
-import sys
+import stat
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -54,7 +62,7 @@ import data
 import metrics
 import model
 from metrics import MEASURES
-from model import UsageError, autocast, choose_amp, choose_device, locked
+from model import UsageError, autocast, choose_amp, choose_device, locked, speaks_for_command
 
 RGB = tuple[int, int, int]
 
@@ -336,7 +344,8 @@ class SplitTracker:
 
 
 def detection_results(detection: metrics.Detection) -> dict:
-    """AUROC, AP, FPR95, and both curves thinned to what a plot can show."""
+    """AUROC, AP, FPR95, and both curves thinned to what a plot can show; where there are any, the
+    share of the scores that float16 cannot hold."""
     curves = detection.curves()
     fpr = np.append(0.0, curves["fpr"])
     tpr = np.append(0.0, curves["tpr"])
@@ -350,7 +359,32 @@ def detection_results(detection: metrics.Detection) -> dict:
         "recall": recall[pr_points].tolist(),
         "precision": precision[pr_points].tolist(),
     }
+    beyond = share_beyond_float16(detection)
+    if beyond > 0:
+        results["beyond_float16"] = beyond
     return results
+
+
+def share_beyond_float16(detection: metrics.Detection) -> float:
+    """Which part of the scores is infinite as float16: their differences are lost."""
+    pixels = detection.state["histogram"][:2].sum(0)  # [BUCKETS], without void
+    beyond = pixels[metrics.LOWEST_BUCKET] + pixels[metrics.HIGHEST_BUCKET]
+    return float(beyond / pixels.sum().clamp(min=1))
+
+
+def warn_beyond_float16(name: str, results: dict[str, dict]) -> None:
+    """Say of which scores, by "<network>/<score>", a part of the set `name` exceeds float16."""
+    texts = []
+    for key, score_results in results.items():
+        share = score_results.get("beyond_float16", 0)
+        if share > 0:
+            texts.append(f"{key} {100 * share:.3g} %")
+    if texts:
+        print(
+            f"warning: {name}: scores beyond float16, +-65,504, count as equal: "
+            f"{', '.join(texts)}; divide them by a constant in metrics.FREE_SCORES",
+            file=sys.stderr,
+        )
 
 
 class FidelityTracker:
@@ -1864,7 +1898,6 @@ def report(results: dict, panels: list[tuple[str, Path]]) -> str:
 EXIT_DONE = 0
 EXIT_REFUSED = 2  # with one line for what a user, a disk or a machine can cause
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
-EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE, which is how a shell sees programs that `| head` ends
 
 # Exceptions whose text already names the value and the remedy.
 EXPLAINED = (UsageError, data.DataError, model.ModelError, metrics.MetricError)
@@ -1891,11 +1924,36 @@ REMEDIES = {
     errno.ENFILE: "the whole machine has too many files open: close other programs",
     errno.ENOMEM: "the memory is full: use fewer --workers or a smaller --batch-size",
     errno.EIO: "the disk fails: look into the system's log, and use another disk",
-    errno.ESTALE: "the network drive has lost the file: mount it again, then run it again",
-    errno.ETIMEDOUT: "the network drive does not answer: check the network, then run it again",
-    errno.ECONNRESET: "the connection broke: check the network, then run it again",
-    errno.EHOSTDOWN: "the network drive's server is down: wait for it, then run it again",
+    errno.EUCLEAN: "that file system is damaged: check it with fsck, or use another disk",
+    errno.EBADMSG: "what lies there fails its checksum: restore it, and look after the disk",
+    errno.ENOMEDIUM: "the drive is empty: put the medium in, or name another path",
     errno.ENOLCK: "that file system has no locks: name a path on a local disk",
+    errno.ENODEV: "that file system cannot map files into memory: name a path on a local disk",
+    errno.EOPNOTSUPP: "that file system cannot do this: name a path on a local disk",
+    errno.ENOSYS: "the system or its sandbox cannot do this: name a path on a local disk",
+    errno.EXDEV: "it would have to move to another disk: name a path that is no mounted file",
+    errno.ENXIO: "it is no ordinary file: name another path",
+    errno.EINVAL: "that file system takes no such name: use letters, digits, - and _",
+    errno.EILSEQ: "that file system takes no name in this encoding: rename it",
+    errno.EAGAIN: "the limit of processes is reached: use fewer --workers, or raise ulimit -u",
+    errno.EPIPE: "a process that it works with has ended: run it again, with fewer --workers",
+    errno.ESTALE: "the network drive has lost the file: mount it again, then run it again",
+    errno.ENOTCONN: "the drive is no longer connected: mount it again, then run it again",
+    errno.ENOLINK: "the link to the drive is cut: mount it again, then run it again",
+    errno.EREMOTEIO: "the other side of the network drive fails: look there",
+    errno.ECONNREFUSED: "nobody answers at that address: start the server, or check the port",
+    errno.ECONNRESET: "the other side closed the connection: run it again",
+    errno.ECONNABORTED: "the connection was given up: run it again",
+    errno.ETIMEDOUT: "the other side does not answer: check the network, then run it again",
+    errno.EHOSTDOWN: "that machine is down: start it, then run it again",
+    errno.EHOSTUNREACH: "no way leads to that machine: check the network, then run it again",
+    errno.ENETUNREACH: "there is no network: connect it, or name a path on a local disk",
+    errno.ENETDOWN: "the network is down: start it, then run it again",
+    errno.ENOKEY: "that folder is encrypted: unlock it, then run it again",
+    errno.EKEYEXPIRED: "your ticket for that drive has expired: log in anew, as with kinit",
+    errno.ESHUTDOWN: "the drive was shut down: mount it again, then run it again",
+    errno.EKEYREVOKED: "your key for that drive was withdrawn: log in anew",
+    errno.EKEYREJECTED: "your key for that drive is not accepted: log in anew",
 }
 
 
@@ -1903,7 +1961,9 @@ class Parser(argparse.ArgumentParser):
     """argparse with one line in place of a usage text and an error."""
 
     def error(self, message: str):
-        """Print the line and leave with code 2."""
+        """Print the line, under torchrun once, and leave with code 2."""
+        if not speaks_for_command():
+            self.exit(EXIT_REFUSED)
         # argparse writes "argument --lr: " before what `positive` says, "0: has to be positive".
         message = re.sub(r"^argument (\S+): (\S+): ", r"\1 \2: ", message)
         self.exit(EXIT_REFUSED, f"error: {one_line(message)}; see python {self.prog} --help\n")
@@ -1947,24 +2007,26 @@ def finite_number(kind: type, text: str) -> float:
 
 def run_main(main: Callable, parser: argparse.ArgumentParser, argv: list[str] | None = None) -> int:
     """Parse the command line, call `main(args)` and return the exit code (see `exit_code_of`)."""
-    args = parser.parse_args(argv)
-    return exit_code_of(main, args)
+
+    def parse_and_run() -> None:
+        main(parser.parse_args(argv))
+
+    reopen_closed_streams()
+    return exit_code_of(parse_and_run)
 
 
 def exit_code_of(function: Callable, *arguments) -> int:
     """Call `function(*arguments)` and return the exit code of the program.
 
     0 when it is done; 2 after one line "error: ..." for anything that a user, a disk or a machine
-    can cause; 130 after Ctrl-C; 141 where nobody reads the output any more, as after `| head -1`.
-    Every other exception is a fault of the program and passes through, SystemExit too.
+    can cause; 130 after Ctrl-C. Every other exception is a fault of the program and passes through,
+    SystemExit too. Where nobody reads the output any more, as after `| head -1`, the work goes on.
     """
     try:
-        function(*arguments)
-        sys.stdout.flush()  # so that a closed pipe raises here, not when the interpreter ends
+        with lasting_output():
+            function(*arguments)
+            sys.stdout.flush()  # so that a full disk raises here, not when the interpreter ends
         return EXIT_DONE
-    except BrokenPipeError:
-        print_to_stderr("stopped: the program that read the output has ended")
-        return EXIT_CLOSED_PIPE
     except KeyboardInterrupt:
         print_to_stderr("\ninterrupted")
         return EXIT_INTERRUPTED
@@ -1976,6 +2038,84 @@ def exit_code_of(function: Callable, *arguments) -> int:
         return EXIT_REFUSED
     finally:
         drop_unread_output()
+
+
+def reopen_closed_streams() -> None:
+    """Give the standard streams that a shell closed (`2>&-`) a place: /dev/null or, for stderr, the
+    standard output, so that an error is seen.
+
+    Python has None for them, which cannot be written to. And the next file that is opened, perhaps
+    a checkpoint, would take the number 2, to which libraries write their messages.
+    """
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # the lowest number that is free, so 0
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+        os.dup2(sys.stdout.fileno(), 1)  # for processes that are started
+    if sys.stderr is None:
+        sys.stderr = sys.stdout
+        os.dup2(sys.stdout.fileno(), 2)
+
+
+class LastingOutput:
+    """stdout or stderr of a program whose work counts more than its words.
+
+    Once nobody can read them (`| head -1` has ended, a terminal is closed), they go nowhere, and
+    `note`, if there is one, to stderr. Everything else is as `stream` has it.
+    """
+
+    def __init__(self, stream: TextIO, note: str = ""):
+        self.stream = stream
+        self.note = note
+
+    def write(self, text: str) -> int:
+        """Write as print does."""
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            self.give_up(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush as print does."""
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self.give_up(error)
+
+    def give_up(self, error: OSError) -> None:
+        """Send the stream nowhere, if its reader is gone; else raise the error again."""
+        is_file = stat.S_ISREG(os.fstat(self.stream.fileno()).st_mode)
+        if is_file or error.errno not in (errno.EPIPE, errno.EIO):
+            raise error
+        send_nowhere(self.stream)
+        if self.note:
+            print_to_stderr(self.note)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Inside the `with`, no print fails because nobody reads it, or at a name of a file that the
+    terminal's encoding lacks."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it
+    note = ""
+    if speaks_for_command():
+        note = "note: the program that read the output has ended; the work goes on without it"
+    stdout = LastingOutput(sys.stdout, note)
+    stderr = LastingOutput(sys.stderr)
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        yield
+
+
+def send_nowhere(stream: TextIO) -> None:
+    """Let what is written to a stream from now on, and what it still holds, go to /dev/null."""
+    null_device = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null_device, stream.fileno())
+    os.close(null_device)
 
 
 def print_to_stderr(text: str) -> None:
@@ -1994,9 +2134,7 @@ def drop_unread_output() -> None:
         try:
             stream.flush()
         except OSError:
-            null_device = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null_device, stream.fileno())
-            os.close(null_device)
+            send_nowhere(stream)
 
 
 def explain(error: Exception) -> str | None:
@@ -2022,6 +2160,10 @@ def explain(error: Exception) -> str | None:
             f"the group of processes broke ({reason}); look at what the others say, then give "
             "every node the same command again: it continues"
         )
+    if "shared memory" in text or "</torch_" in text:
+        return "the shared memory is full; use fewer --workers, or docker run --shm-size 8g"
+    if "can't start new thread" in text:
+        return "the limit of threads is reached; use fewer --workers, or raise ulimit -u"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = text.strip().splitlines()[0][:120]
         return f"torch.compile failed ({reason}); install a C++ compiler or use --no-compile"
@@ -2038,6 +2180,8 @@ def explain_refusal(error: OSError) -> str | None:
             return None
         number = int(match[1])
     if number not in REMEDIES:
+        return None
+    if number == errno.EINVAL and not error.filename:  # no name of a file is to blame
         return None
     reason = error.strerror or os.strerror(number)
     location = ""
@@ -2087,6 +2231,8 @@ class LiveLine:
         """Write `text` over what is there, cut to the terminal's width."""
         if not self.active:
             return
+        # So that a character is a column: a name may have wide ones, or some that are escaped.
+        text = text.encode("ascii", errors="replace").decode()
         # A full row would move the cursor to the next one, and leave this one behind.
         columns = terminal_width() - 1
         text = text[:columns]
@@ -2349,7 +2495,24 @@ def without_nan(value: Any) -> Any:
     return value
 
 
+def write_results(path: Path, protocol: dict, results: dict, steps_left: list[str]) -> None:
+    """Write metrics.json. Its protocol names the steps that are still to come, if there are any:
+    where one of them fails, that is what the file lacks."""
+    if steps_left:
+        protocol = protocol | {"unfinished": ", ".join(steps_left)}
+    content = without_nan({"protocol": protocol} | results)
+    model.save_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
 def main(args: argparse.Namespace) -> None:
+    # ---------------------------------------------------------------- torchrun
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
+    if world > 1:
+        text = f"evaluate.py works in one process: of torchrun's {world} the others have ended"
+        print(f"note: {text}", file=sys.stderr)
+
     # ---------------------------------------------------------------- networks and data
     device = choose_device(args.device)
     files = find_networks(args.student, args.teacher, args.mc_samples)
@@ -2396,28 +2559,46 @@ def main(args: argparse.Namespace) -> None:
         with_ood = args.ood is not None
         split = evaluate_split(networks, dataset, inference, split_scores, with_ood)
         results = split.results
+        results["ood"] = {}
+        results["timing"] = {}
+        warn_beyond_float16(settings.split, results["uncertainty"])
+        labelled_pixels = results["segmentation"][networks.main_name]["n"]
+        protocol = run_protocol(settings, files, networks, dataset, labelled_pixels)
+        protocol["ood"] = {}
+
+        # metrics.json is written now and after each of these steps, which may take hours and fail.
+        steps_left = [f"ood {ood.name}" for ood in ood_sets]
+        if args.benchmark:
+            steps_left.append("timing")
+        write_results(json_file, protocol, results, steps_left)
 
         # ------------------------------------------------------------ anomalies
         # Images without an anomaly are the negatives of image-level detection.
         in_distribution = split.image_statistics
         if in_distribution_set is not None:
             in_distribution = collect_image_statistics(networks, in_distribution_set, inference)
-        results["ood"] = {}
-        ood_protocols = {}
         for ood in ood_sets:
             negatives = in_distribution
             if ood.name == "held-out" and in_distribution_set is None:
                 negatives = {}  # this OOD set consists of the images of the split
             ood_scores = subfolder(args.save_scores, ood.name)
-            ood_results, protocol = evaluate_ood(networks, ood, negatives, inference, ood_scores)
+            ood_results, set_protocol = evaluate_ood(
+                networks, ood, negatives, inference, ood_scores
+            )
             results["ood"][ood.name] = ood_results
-            ood_protocols[ood.name] = protocol
-            print(f"OOD {ood.name}: {protocol_sentence(protocol)}", flush=True)
+            protocol["ood"][ood.name] = set_protocol
+            print(f"OOD {ood.name}: {protocol_sentence(set_protocol)}", flush=True)
+            warn_beyond_float16(f"OOD {ood.name}", ood_results)
+            steps_left.remove(f"ood {ood.name}")
+            write_results(json_file, protocol, results, steps_left)
 
         # ------------------------------------------------------------ time and memory
-        results["timing"] = {}
         if args.benchmark:
             results["timing"] = benchmark(networks, dataset[0].image, inference, args.compile)
+            steps_left.remove("timing")
+            write_results(json_file, protocol, results, steps_left)
+        results = without_nan({"protocol": protocol} | results)
+        print(results_table(results), flush=True)
 
         # ------------------------------------------------------------ panels
         chosen = choose_images(split.accuracy, args.panels)
@@ -2431,18 +2612,12 @@ def main(args: argparse.Namespace) -> None:
         remove_old_panels(panel_folder, panels)
 
         # ------------------------------------------------------------ report
-        labelled_pixels = results["segmentation"][networks.main_name]["n"]
-        protocol = run_protocol(settings, files, networks, dataset, labelled_pixels)
-        protocol["ood"] = ood_protocols
-        results = without_nan({"protocol": protocol} | results)
-        model.save_atomically(json_file, json.dumps(results, indent=1, allow_nan=False) + "\n")
         model.save_atomically(html_file, report(results, panels))
         charts = [
             curve_chart("rejection", results["uncertainty"]),
             curve_chart("risk_coverage", results["uncertainty"]),
         ]
         model.save_atomically(args.out / "rejection.svg", chart_sheet(charts))
-    print(results_table(results))
     print(f"\n{json_file}  {html_file}  {len(panels)} panels in {panel_folder}")
 
 

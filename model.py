@@ -21,15 +21,21 @@ Outline:
     the machine         device, arithmetic, locks, processes, versions
 """
 
+import argparse
 import contextlib
+import errno
 import fcntl
+import functools
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import platform
+import re
 import subprocess
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -225,12 +231,20 @@ def dilate_last_stage(stage: nn.Sequential) -> None:
 # ---------------------------------------------------------------------------------- initial weights
 
 
+# What DistributedDataParallel, torch.compile and FSDP put into the names of parameters, anywhere.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module"}
+# What stands before them where a network is the attribute of another class. The last one is
+# torchvision's, in its mobilenets.
+HOLDERS = {"model", "net", "network", "encoder", "features"}
+
+
 def load_weights(network: DeepLabV3, weights: str, backbone: str) -> str:
     """Initialise `network` from `weights`: "imagenet" (downloaded), "none", or a file.
 
-    A file may hold a classifier or a DeepLabv3 of torchvision, or a checkpoint of this
-    project. It has to fill the whole backbone (else ModelError); of the rest, what fits
-    by name and shape is taken. Returns a line that says how much.
+    A file may hold a classifier or a DeepLabv3 of torchvision, alone or in the checkpoint of a
+    training, or a checkpoint of this project. It has to fill the whole backbone (else
+    ModelError); of the rest, what fits by name and shape is taken. Returns a line that says how
+    much.
     """
     if weights == "none":
         return "weights: random"
@@ -241,24 +255,41 @@ def load_weights(network: DeepLabV3, weights: str, backbone: str) -> str:
 
     expected = network.state_dict()
     fitting = {}
+    source = {}  # the name in the file of what is in `fitting`
     for name, value in state.items():
-        name = str(name).removeprefix("module.").removeprefix("features.")
+        plain_name = without_wrappers(str(name))
         # a classifier's names lack the prefix that they have here
-        for candidate in (name, "backbone." + name):
+        for candidate in (plain_name, "backbone." + plain_name):
             fits = candidate in expected and isinstance(value, Tensor)
             if fits and expected[candidate].shape == value.shape:
+                if candidate in fitting:
+                    raise ModelError(
+                        f"weights {weights!r} hold two networks, as {source[candidate]} and "
+                        f"{name} say; save the state_dict of one of them alone"
+                    )
                 fitting[candidate] = value
+                source[candidate] = name
 
     missing = [name for name in expected if name not in fitting and "num_batches" not in name]
     missing_backbone = [name for name in missing if name.startswith("backbone.")]
     if missing_backbone:
+        first_name = next(iter(state), "nothing")
         raise ModelError(
             f"weights {weights!r} do not fit backbone {backbone}: {len(missing_backbone)} of its "
-            f"tensors are missing or differ in shape, as {missing_backbone[0]}; pass a torchvision "
-            f"{backbone}"
+            f"tensors are missing or differ in shape, as {missing_backbone[0]}; the file "
+            f"begins with {first_name}; pass a torchvision {backbone}"
         )
     network.load_state_dict(fitting, strict=False)
     return f"weights: {len(fitting)} tensors from {weights}, {len(missing)} random"
+
+
+def without_wrappers(name: str) -> str:
+    """The name that a parameter has in the bare network: "conv1.weight" is that of
+    "module.model.conv1.weight"."""
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    while parts and parts[0] in HOLDERS:
+        parts.pop(0)
+    return ".".join(parts)
 
 
 def download_imagenet(backbone: str) -> dict[str, Tensor]:
@@ -275,9 +306,10 @@ def download_imagenet(backbone: str) -> dict[str, Tensor]:
 
 
 def read_state_dict(path: str | Path) -> dict:
-    """The weights in a file, which may lie below "model" or "state_dict"."""
+    """The weights in a file, which may lie below keys that say so, one in the other."""
     state = read_tensors(path)
-    for key in ("model", "state_dict"):
+    keys = ("model", "state_dict", "model_state_dict", "net")
+    for key in keys * 2:  # in either order
         if isinstance(state.get(key), dict):
             state = state[key]
     return state
@@ -423,12 +455,19 @@ UNREADABLE = (
     AttributeError,
 )
 
+# What a file system answers where it does not know what it is asked for, as network disks and
+# others that live outside of the kernel do.
+NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
+
 
 def save_atomically(path: str | Path, content: dict | str) -> None:
-    """Write tensors, or a text; a reader finds the old file or the new one."""
+    """Write tensors, or a text; a reader finds the old file or the new one.
+
+    A text is UTF-8. A name of a file that was no UTF-8 has characters that UTF-8 lacks: "?".
+    """
     path = Path(path)
     if isinstance(content, str):
-        data = content.encode()
+        data = content.encode("utf-8", errors="replace")
     else:
         # To memory first: on a full disk torch.save raises a RuntimeError, write() an OSError.
         buffer = io.BytesIO()
@@ -438,15 +477,26 @@ def save_atomically(path: str | Path, content: dict | str) -> None:
     try:
         with open(temporary, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            flush_to_disk(file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def flush_to_disk(file: io.BufferedWriter) -> None:
+    """Wait until what was written is on the disk, as far as its file system can be asked to."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+
+
 def read_tensors(path: str | Path) -> dict:
     """Tensors and plain containers of a file: one that holds code is refused, not run.
+
+    A command line as argparse leaves it, which other trainings save too, is no code.
 
     Raises ModelError where there is no file, or none of that kind.
     """
@@ -454,19 +504,36 @@ def read_tensors(path: str | Path) -> dict:
     if not path.is_file():
         raise ModelError(f"no such checkpoint: {path}; check the path, or train it first")
     try:
-        with warnings.catch_warnings(action="ignore"):  # about files that are then refused
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # about files that are then refused
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        reason = str(error).strip() or type(error).__name__
-        reason = reason.splitlines()[0][:120]
-        if path.stat().st_size == 0:
-            reason = "it is empty"
         raise ModelError(
-            f"{path} is not a readable checkpoint ({reason}); restore it or train it again"
-        ) from error
+            f"{path} is not a readable checkpoint {why_unreadable(path, error)}"
+        ) from (error)
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds a {type(content).__name__}, not a dict; name another file")
     return content
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """The reason, in parentheses, why torch.load refused a file, and what to do."""
+    # Much of torch's text is advice; what was met stands behind these words, if they are there.
+    text = str(error).split("WeightsUnpickler error:")[-1].strip() or type(error).__name__
+    refused = re.search(r"GLOBAL (\S+) was not an allowed global", text)
+    if refused:
+        return (
+            f"(it holds more than tensors: {refused[1]}); save its weights alone, with "
+            "torch.save(network.state_dict(), FILE)"
+        )
+    with open(path, "rb") as file:
+        head = file.read(24)
+    if head.startswith(b"version https://git-lfs"):
+        return "(it is a pointer of Git LFS); fetch the file itself with git lfs pull"
+    reason = text.splitlines()[0][:120]
+    if not head:
+        reason = "it is empty"
+    return f"({reason}); restore it, train it again, or name a file that torch.save wrote"
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -477,8 +544,11 @@ def read_checkpoint(path: str | Path) -> dict:
     checkpoint = read_tensors(path)
     missing = {"model", "config", "args"} - checkpoint.keys()
     if not missing:
-        config = checkpoint["config"] or {}
-        missing = {"backbone", "classes", "measures"} - set(config)
+        for key in ("config", "args"):
+            if not isinstance(checkpoint[key], dict):  # another program's
+                missing.add(key)
+    if not missing:
+        missing = {"backbone", "classes", "measures"} - checkpoint["config"].keys()
     if missing:
         lacks = ", ".join(sorted(missing))
         raise ModelError(f"{path} is no checkpoint of this project: it lacks {lacks}")
@@ -661,6 +731,7 @@ def locked(path: Path) -> Iterator[None]:
     """For the one process at a time that may write `path`; a second one gets a UsageError.
 
     A record lock ends with its process, however that ends, and forked workers do not inherit it.
+    Where the file system has no locks, a note says so, and nothing keeps a second process out.
     """
     lock_path = path.with_suffix(".lock")
     file = open_locked(lock_path, path)
@@ -682,6 +753,12 @@ def open_locked(lock_path: Path, path: Path) -> io.TextIOWrapper:
             raise UsageError(
                 f"another process is writing {path}; wait for it to end, or name another --out"
             ) from None
+        except OSError as error:
+            if error.errno not in {errno.ENOLCK, *NOT_SUPPORTED}:
+                file.close()
+                raise
+            say_without_locks(lock_path.parent)
+            return file
         # Who held the lock before may have removed the file since it was opened here.
         # Then this process holds a lock that nobody else will look at, and it tries
         # again.
@@ -689,6 +766,27 @@ def open_locked(lock_path: Path, path: Path) -> io.TextIOWrapper:
             if os.path.samestat(os.stat(lock_path), os.fstat(file.fileno())):
                 return file
         file.close()
+
+
+@functools.cache  # so that it is said once
+def say_without_locks(folder: Path) -> None:
+    """Note on stderr that nothing keeps two commands from writing into `folder`."""
+    if speaks_for_command():
+        print(
+            f"note: the file system of {folder} has no locks: start no second command that "
+            "writes there while this one runs",
+            file=sys.stderr,
+        )
+
+
+def speaks_for_command() -> bool:
+    """Whether this process says what every process of its command would say.
+
+    Under torchrun that is the first one, and so it is of those that train members side by side.
+    """
+    first_names = ("MainProcess", "SpawnProcess-1")
+    is_first = multiprocessing.current_process().name in first_names
+    return is_first and int(os.environ.get("RANK", 0)) == 0
 
 
 def get_rank() -> int:

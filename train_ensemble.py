@@ -21,6 +21,14 @@ Outline:
     command line        main and the flags
 """
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036, an older Python reads until here
+    version = sys.version.split()[0]
+    remedy = "make the virtual environment with Python 3.11 or newer"
+    print(f"error: this is Python {version}; {remedy}", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import contextlib
 import functools
@@ -28,7 +36,6 @@ import json
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
