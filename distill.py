@@ -14,6 +14,12 @@ mean of theirs. With --distill-probs V the cross-entropy is
 
     (cross_entropy + V * KL(teacher's mean probabilities || student's)) / (1 + V)
 
+The measure "error" is not the teacher's: it is the probability that the student's own class is
+wrong. It is learned from the labels, and takes the place of one more RMSLE in the mean:
+
+    error_loss = mean over labelled pixels of -(e log u + (1 - e) log(1 - u))
+    e = 1 where argmax(logits) is not the label, else 0
+
 The loop, the loaders and the checkpoints are those of train_ensemble.py.
 
 Outline:
@@ -50,9 +56,10 @@ from torch import Tensor, nn
 import data
 from data import IGNORED, Sample
 from evaluate import Parser, non_negative, run_main, validate
-from metrics import MEASURES, ensemble_measures
+from metrics import ERROR, MEASURES, ensemble_measures
 from model import (
     BACKBONES,
+    HEADS,
     Ensemble,
     UsageError,
     autocast,
@@ -60,6 +67,7 @@ from model import (
     load_ensemble,
     locked,
     member_files,
+    predicted_class,
     process_group,
     save_atomically,
 )
@@ -97,8 +105,17 @@ DEFAULT_TARGETS = ("std", "entropy", "mutual_information", "msp")
 class LossWeights(NamedTuple):
     """How the terms of the student's loss are weighed; --help has what each is for."""
 
-    uncertainty: float  # of the RMSLE, against 1 of the segmentation
+    uncertainty: float  # of the mean of the uncertainties' losses, against 1 of the segmentation
     probs: float  # of the KL divergence, against 1 of the cross-entropy
+    unlabelled: float = 1.0  # of a pixel of an image without labels, against 1 of any other
+
+
+# Which parts of the network get no gradient from images without labels, by --unlabelled-depth.
+PARTS_WITHOUT_GRADIENT = {
+    "head": ("backbone", "classifier"),
+    "decoder": ("backbone",),
+    "all": (),
+}
 
 
 def distillation_loss(
@@ -107,13 +124,16 @@ def distillation_loss(
     targets: "TeacherTargets",
     weights: LossWeights,
     has_unlabelled: bool = False,
+    unlabelled_depth: str = "all",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The student's loss of a batch, and its terms for the log.
 
-    Void pixels (255) have no label, but the teacher has an uncertainty there: they
-    enter the RMSLE alone. Padding and held-out classes (254) enter nothing.
-    has_unlabelled: the batch was made by `data.PairedViews`, and the images without
-    labels enter the RMSLE alone.
+    Void pixels (255) have no label, but the teacher has an uncertainty there: they enter the
+    RMSLE alone. Padding and held-out classes (254) enter nothing. has_unlabelled: the batch
+    was made by `data.PairedViews`, and the images without labels enter the RMSLE alone;
+    unlabelled_depth: how deep their gradient goes, a key of `PARTS_WITHOUT_GRADIENT`.
+
+    The student's channels are the teacher's measures and last, where it is learned, `ERROR`.
     """
     labelled = batch
     if has_unlabelled:
@@ -132,31 +152,65 @@ def distillation_loss(
         segmentation_loss = (ce + weights.probs * kl) / (1 + weights.probs)
         logs["kl"] = kl
 
-    # ---- uncertainty, which images without labels have too
+    # ---- the student's own errors
+    error_terms = []
+    num_measures = target.uncertainty.shape[1]
+    if uncertainty.shape[1] > num_measures:
+        predicted_error = uncertainty[:, num_measures]  # [B, H, W]
+        error_terms = [error_loss(predicted_error, logits, labelled.labels)]
+        logs["error"] = error_terms[0]
+
+    # ---- the teacher's uncertainty, which images without labels have too
+    student_uncertainty = uncertainty[:, :num_measures]
     target_uncertainty = target.uncertainty
+    pixel_weights = valid
     if has_unlabelled:
-        with frozen_statistics(model):
-            unlabelled_uncertainty = model(unlabelled.images).uncertainty
+        with (
+            frozen_statistics(model),
+            without_gradient(model, PARTS_WITHOUT_GRADIENT[unlabelled_depth]),
+        ):
+            unlabelled_uncertainty = model(unlabelled.images).uncertainty[:, :num_measures]
         unlabelled_target = targets.for_batch(unlabelled).uncertainty
-        uncertainty = torch.cat([uncertainty, unlabelled_uncertainty])
+        is_padding = unlabelled.labels == IGNORED
+        unlabelled_weights = torch.where(is_padding, 0.0, weights.unlabelled)
+        student_uncertainty = torch.cat([student_uncertainty, unlabelled_uncertainty])
         target_uncertainty = torch.cat([target_uncertainty, unlabelled_target])
-        valid = torch.cat([valid, unlabelled.labels != IGNORED])
-    terms = []
-    for channel in range(uncertainty.shape[1]):
-        terms.append(rmsle(uncertainty[:, channel], target_uncertainty[:, channel], valid))
-    uncertainty_loss = torch.stack(terms).mean()
-    logs["rmsle"] = uncertainty_loss
+        pixel_weights = torch.cat([valid.float(), unlabelled_weights])
+    rmsle_terms = []
+    for channel in range(num_measures):
+        term = rmsle(student_uncertainty[:, channel], target_uncertainty[:, channel], pixel_weights)
+        rmsle_terms.append(term)
+    logs["rmsle"] = torch.stack(rmsle_terms).mean()
+
+    # Every measure, `ERROR` too, has the same part of the weight.
+    uncertainty_loss = torch.stack(rmsle_terms + error_terms).mean()
     return segmentation_loss + weights.uncertainty * uncertainty_loss, logs
 
 
-def rmsle(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
-    """Root mean squared logarithmic error over the valid pixels, float32.
+def rmsle(student: Tensor, teacher: Tensor, pixel_weights: Tensor) -> Tensor:
+    """Root mean squared logarithmic error over the pixels, float32.
 
-    student, teacher [B, H, W] in [0, 1]; valid bool [B, H, W]. The epsilon keeps the
-    root's gradient finite at 0. Without a valid pixel the result is 1e-6.
+    student, teacher [B, H, W] in [0, 1]; pixel_weights [B, H, W]: which pixels count (bool),
+    or how much each of them counts. The epsilon keeps the root's gradient finite at 0.
+    Where no pixel counts the result is 1e-6.
     """
     difference = torch.log1p(student.float()) - torch.log1p(teacher.float())
-    return (masked_mean(difference.square(), valid) + 1e-12).sqrt()
+    return (weighted_mean(difference.square(), pixel_weights) + 1e-12).sqrt()
+
+
+def error_loss(predicted_error: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of a predicted probability of error, mean over the labelled pixels.
+
+    predicted_error [B, H, W] in (0, 1); logits [B, C, H, W]; labels uint8 [B, H, W], of which
+    254 and 255 do not count. What is right and wrong is taken from the logits as they are: no
+    gradient leads there.
+    """
+    labelled = labels < IGNORED
+    wrong = predicted_class(logits.detach()) != labels  # [B, H, W]
+    # A sigmoid in float32 ends in exactly 0 or 1, whose logarithm would be infinite.
+    probability = predicted_error.float().clamp(1e-6, 1 - 1e-6)
+    terms = -torch.where(wrong, probability, 1 - probability).log()
+    return weighted_mean(terms, labelled)
 
 
 def kl_divergence(logits: Tensor, probs: Tensor, valid: Tensor) -> Tensor:
@@ -166,14 +220,17 @@ def kl_divergence(logits: Tensor, probs: Tensor, valid: Tensor) -> Tensor:
     """
     probs = probs / probs.sum(dim=1, keepdim=True)  # stored ones are rounded
     terms = torch.xlogy(probs, probs) - probs * logits.float().log_softmax(dim=1)
-    return masked_mean(terms.sum(dim=1), valid)
+    return weighted_mean(terms.sum(dim=1), valid)
 
 
-def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
-    """The mean of the valid values of all processes, 0 where there are none."""
-    total = sum_over_processes((values * valid).sum())
-    count = sum_over_processes(valid.sum())
-    return total / count.clamp(min=1)
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """The mean of the values of all processes, 0 where none counts.
+
+    weights: bool, which values count, or numbers, how much each of them counts.
+    """
+    total = sum_over_processes((values * weights).sum())
+    total_weight = sum_over_processes(weights.sum())
+    return total / total_weight.clamp(min=1)
 
 
 @contextlib.contextmanager
@@ -190,6 +247,24 @@ def frozen_statistics(network: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.train()
+
+
+@contextlib.contextmanager
+def without_gradient(network: nn.Module, parts: tuple[str, ...]) -> Iterator[None]:
+    """What the network computes meanwhile passes no gradient to those parts of a `DeepLabV3`."""
+    frozen = []
+    for name, parameter in network.named_parameters():
+        # "backbone.conv1.weight"; a wrapped network has a "module." or the like in front
+        words = name.split(".")
+        if any(part in words for part in parts):
+            frozen.append(parameter)
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
 
 # ---------------------------------------------------------------------------------- teacher targets
@@ -458,12 +533,16 @@ def open_cache(
 class DistillationFlags(NamedTuple):
     """The flags of a student beyond those that it shares with a member."""
 
-    measures: list[str]  # --targets, each name once
+    measures: list[str]  # of the teacher, each name once
+    learns_error: bool  # whether `ERROR` is learned too
+    head: str
     views: int
     uncertainty_weight: float
     distill_probs: float
     strong_views: bool
     extra: Path | None
+    unlabelled_depth: str
+    unlabelled_weight: float
     jitter: float  # strength of the colour jitter, from the recipe
 
 
@@ -477,12 +556,17 @@ def train_student(
 ) -> None:
     """Train the student and write it to `path`."""
     # ---------------------------------------------------------------- student and optimiser
-    measures = distillation.measures
+    # `ERROR` is the last channel: those before it are the teacher's targets, in their order.
+    measures = list(distillation.measures)
+    if distillation.learns_error:
+        measures.append(ERROR)
     stream = random_stream(flags.seed, "student", 0)
     num_classes = len(train_set.classes)
-    student = build_network(flags, stream.torch_seed, num_classes, tuple(measures))
-    # The loss takes the mean of the measures, so each has its part of the weight. With
-    # weight 0 the head learns nothing, and its rate does not matter.
+    student = build_network(
+        flags, stream.torch_seed, num_classes, tuple(measures), distillation.head
+    )
+    # The loss takes the mean of the measures, so each has its part of the weight. With weight 0
+    # the head learns nothing, and its rate does not matter.
     weight_of_measure = 1.0
     if distillation.uncertainty_weight > 0:
         weight_of_measure = distillation.uncertainty_weight
@@ -502,13 +586,16 @@ def train_student(
 
     # ---------------------------------------------------------------- training
     weights = LossWeights(
-        uncertainty=distillation.uncertainty_weight, probs=distillation.distill_probs
+        uncertainty=distillation.uncertainty_weight,
+        probs=distillation.distill_probs,
+        unlabelled=distillation.unlabelled_weight,
     )
     loss_fn = functools.partial(
         distillation_loss,
         targets=targets,
         weights=weights,
         has_unlabelled=isinstance(views, data.PairedViews),
+        unlabelled_depth=distillation.unlabelled_depth,
     )
     validation = functools.partial(
         validate,
@@ -519,7 +606,11 @@ def train_student(
     )
     weights, entry = fit(student, optimizer, loss_fn, train_loader, validation, flags, path)
     config = build_config(train_set, flags, members=1)
-    config |= {"measures": measures, "teacher_members": len(teacher)}
+    config |= {
+        "measures": measures,
+        "head": distillation.head,
+        "teacher_members": len(teacher),
+    }
     save_checkpoint(path, weights, entry, config, flags.recorded)
 
 
@@ -664,15 +755,25 @@ def main(args: argparse.Namespace) -> None:
     recipe = RECIPES[inherited["dataset"]]
     resolved = resolve_flags(inherited, recipe)
     resolved["targets"] = list(dict.fromkeys(args.targets))  # each once, in the order named
+    measures = [name for name in resolved["targets"] if name != ERROR]
+    if not measures:
+        raise UsageError(
+            f"--targets {ERROR} is learned from the labels alone; name a measure of the teacher "
+            "too, such as std"
+        )
     resolved["teacher_identity"] = teacher_checkpoint["identity"]  # part of what is compared
     flags = select_training_flags(resolved)
     distillation = DistillationFlags(
-        measures=resolved["targets"],
+        measures=measures,
+        learns_error=ERROR in resolved["targets"],
+        head=resolved["head"],
         views=resolved["views"],
         uncertainty_weight=resolved["uncertainty_weight"],
         distill_probs=resolved["distill_probs"],
         strong_views=resolved["strong_views"],
         extra=resolved["extra"],
+        unlabelled_depth=resolved["unlabelled_depth"],
+        unlabelled_weight=resolved["unlabelled_weight"],
         jitter=recipe["jitter"],
     )
     path = args.out or member_files(args.teacher)[0].with_name("student.pt")
@@ -740,11 +841,22 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag(
         "--targets",
         nargs="+",
-        choices=MEASURES,
+        choices=[*MEASURES, ERROR],
         default=list(DEFAULT_TARGETS),
         metavar="MEASURE",
-        help="what to learn of the teacher, a channel each: std (the paper's only one), entropy, "
-        "mutual_information, msp (default: all four)",
+        help="what to learn, a channel each: of the teacher std (the paper's only one), entropy, "
+        "mutual_information, msp; of the labels error, the probability that the student's class "
+        "is wrong, with the same weight (default: the teacher's four)",
+    )
+    flag(
+        "--head",
+        choices=HEADS,
+        default="paper",
+        help="what predicts the uncertainty: paper, a 1x1 convolution of the features; confidence, "
+        "three layers on features that it leaves as they are, added to two weights a measure on "
+        "the log-odds of the student's own softmax, at full resolution. For studies: "
+        "confidence-1x1 has one layer, confidence-attached lets the features learn from the "
+        "uncertainty (default: paper)",
     )
     flag(
         "--distill-probs",
@@ -772,6 +884,22 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="images without labels, used as --strong-views are: beside every view one of them, "
         "drawn by lot (with both flags: one or the other)",
+    )
+    flag(
+        "--unlabelled-depth",
+        choices=PARTS_WITHOUT_GRADIENT,
+        default="all",
+        help="what learns from images of --strong-views and --extra: the uncertainty head, the "
+        "decoder too, or all of the network. A head whose features are detached (confidence, "
+        "confidence-1x1) learns alone whatever this says (default: all)",
+    )
+    flag(
+        "--unlabelled-weight",
+        type=non_negative(float),
+        default=1.0,
+        metavar="W",
+        help="how much a pixel of those images counts in the RMSLE, against 1 of a labelled image "
+        "(default: 1)",
     )
     flag("--dataset", choices=data.DATASETS, help="(default: the teacher's)")
     flag("--backbone", choices=BACKBONES, help="(default: the teacher's)")

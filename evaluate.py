@@ -12,6 +12,7 @@ Outline, one section per line:
     networks and their scores             Networks, predict: probabilities and scores by name
     measure: the labelled split           validate (for training), evaluate_split
     measure: anomalies                    evaluate_ood: by pixels, by components, by images
+    measure: worth more than free?        compare_with_free: distilled scores and free ones
     measure: time and memory              benchmark
     predict: maps of one's own images     predict_files, in tiles where an image is large
     pictures                              colours, panels
@@ -61,7 +62,7 @@ from torch.utils.data import DataLoader, Dataset
 import data
 import metrics
 import model
-from metrics import MEASURES
+from metrics import ERROR, FREE_SCORES, MEASURES
 from model import UsageError, autocast, choose_amp, choose_device, locked, speaks_for_command
 
 RGB = tuple[int, int, int]
@@ -74,7 +75,7 @@ class Networks(NamedTuple):
 
     student: model.DeepLabV3 | None = None
     teacher: model.Ensemble | None = None
-    measures: Sequence[str] = ()  # what the student learned of a teacher, one channel each
+    measures: Sequence[str] = ()  # what the student learned, one channel each; `ERROR` is last
     classes: Sequence[str] = ()  # names of the C classes
     palette: Sequence[RGB] = ()  # colours of the classes
 
@@ -131,9 +132,12 @@ class Output(NamedTuple):
 
 
 def student_score(measure: str) -> str:
-    """The name of the student's copy of a teacher's measure: "dudes" is the distilled std."""
+    """The name of what the student predicts for a measure: "dudes" is the distilled std. `ERROR`
+    keeps its name, as it is nothing that a teacher distilled."""
     if measure == "std":
         return "dudes"
+    if measure == ERROR:
+        return ERROR
     return f"dudes_{measure}"
 
 
@@ -199,7 +203,9 @@ def predict(
         probs = logits.softmax(dim=1)
         scores = {}
         for channel, measure in enumerate(networks.measures):
-            scale = MEASURES[measure].scale(num_classes)
+            scale = 1.0
+            if measure != ERROR:
+                scale = MEASURES[measure].scale(num_classes)
             scores[student_score(measure)] = uncertainty[:, channel] * scale
         outputs["student"] = Output(probs, scores | metrics.free_scores(logits, probs))
     return outputs
@@ -309,6 +315,7 @@ class SplitTracker:
         self.confusion = metrics.ConfusionMatrix(num_classes)
         self.proper = metrics.ProperScores()
         self.calibration = metrics.CalibrationError()
+        self.error_calibration = metrics.ErrorCalibration()  # where `ERROR` is among the scores
         self.class_uncertainty = metrics.ClassUncertainty(num_classes)
         self.rejection: dict[str, metrics.RejectionCurve] = {}  # of each score
         self.num_classes = num_classes
@@ -324,7 +331,10 @@ class SplitTracker:
             if name not in self.rejection:
                 self.rejection[name] = metrics.RejectionCurve(self.num_classes)
             self.rejection[name].update(score, prediction, labels)
-        return prediction == labels  # False for void: a class never equals 254 or 255
+        correct = prediction == labels  # False for void: a class never equals 254 or 255
+        if ERROR in output.scores:
+            self.error_calibration.update(output.scores[ERROR], ~correct, labels < data.IGNORED)
+        return correct
 
     def segmentation_results(self) -> dict:
         """Accuracy, proper scores, calibration, and the mean uncertainty over the classes."""
@@ -340,6 +350,10 @@ class SplitTracker:
             # The numbers of correct and of wrong pixels by score are all that the three need.
             detection, selective = rejection.error_metrics()
             results[name] = selective.compute() | rejection.compute() | detection_results(detection)
+        if ERROR in results:
+            calibration = self.error_calibration.compute()
+            results[ERROR]["error_ece"] = calibration["ece"]
+            results[ERROR]["error_reliability"] = calibration["bins"]
         return results
 
 
@@ -434,6 +448,7 @@ class SplitResults(NamedTuple):
     """What `evaluate_split` returns."""
 
     results: dict  # the parts segmentation, uncertainty, classes and fidelity of metrics.json
+    comparison: dict  # of finding errors, as `compare_with_free` returns it; {} without a student
     accuracy: list[float]  # pixel accuracy of each image, by the network `Networks.main_name`
     # Of the images that show no held-out class: the negatives of image-level OOD detection.
     image_statistics: dict[str, list[ImageStatistics]]
@@ -461,6 +476,7 @@ def evaluate_split(
     fidelity = None
     if networks.student is not None and networks.teacher is not None:
         fidelity = FidelityTracker(networks.shown_measure, num_classes, num_members)
+    bootstrap = metrics.PairedBootstrap()
     accuracy: list[float] = []
     collected: dict[str, list[ImageStatistics]] = defaultdict(list)
 
@@ -486,12 +502,17 @@ def evaluate_split(
             student_map = outputs["student"].scores[networks.shown_score("student")]
             teacher_map = outputs["teacher"].scores[networks.shown_score("teacher")]
             fidelity.update(student_map, teacher_map, valid)
+        if networks.student is not None:
+            # All scores are asked for the student's errors, the teacher's measures too.
+            wrong = model.predicted_class(outputs["student"].probs) != labels
+            bootstrap.update(compared_scores(outputs), wrong, valid)
 
     results = results_of_trackers(dataset.classes, trackers, confusions)
     results["fidelity"] = {}
     if fidelity is not None:
         results["fidelity"] = fidelity.compute(results["classes"])
-    return SplitResults(results, accuracy, collected)
+    comparison = compare_with_free(bootstrap, ["auroc", "aurc"])
+    return SplitResults(results, comparison, accuracy, collected)
 
 
 def names_of(dataset: Dataset, index: list[int]) -> list[str]:
@@ -552,6 +573,7 @@ class AnomalyTracker:
 
     def __init__(self):
         self.detections: dict[str, metrics.Detection] = defaultdict(metrics.Detection)
+        self.bootstrap = metrics.PairedBootstrap()
         self.image_statistics: dict[str, list[ImageStatistics]] = defaultdict(list)
         self.anomalous: list[bool] = []  # whether an image shows an anomaly
         self.input_sizes: Counter = Counter()  # number of images by HxW of the networks' input
@@ -567,6 +589,7 @@ class AnomalyTracker:
         scores = {key: values.half() for key, values in scores_by_key(outputs).items()}
         for key, values in scores.items():
             self.detections[key].update(values, mask)
+        self.bootstrap.update(compared_scores(outputs), mask)
         self.keep(mask, scores)
         for key, statistics in image_statistics(outputs).items():
             self.image_statistics[key] += statistics
@@ -643,6 +666,14 @@ def collect_image_statistics(
     return collected
 
 
+class OODResults(NamedTuple):
+    """What `evaluate_ood` returns."""
+
+    results: dict  # by "<network>/<score>", as in metrics.json
+    comparison: dict  # as `compare_with_free` returns it; {} without a student
+    protocol: dict  # what the results depend on
+
+
 @torch.inference_mode()
 def evaluate_ood(
     networks: Networks,
@@ -650,9 +681,9 @@ def evaluate_ood(
     in_distribution: dict[str, list[ImageStatistics]],
     inference: InferenceSettings,
     score_folder: Path | None = None,
-) -> tuple[dict, dict]:
+) -> OODResults:
     """How well every score of every network detects the anomalies of one OOD set, by pixels, by
-    components and by images. Returns these results and the protocol that they depend on.
+    components and by images.
 
     in_distribution: statistics of further images without an anomaly. Components need each score's
     threshold of the best pixel F1, which is known only after a whole pass. Scores of up to
@@ -678,7 +709,9 @@ def evaluate_ood(
         text += f" (void: {ood.protocol['void']})"
         print(f"warning: {text}", file=sys.stderr)
     further_images = len(next(iter(in_distribution.values()), []))  # the same for every score
-    return results, ood_protocol(ood, tracker, further_images)
+    protocol = ood_protocol(ood, tracker, further_images)
+    comparison = compare_with_free(tracker.bootstrap, ["auroc"])
+    return OODResults(results, comparison, protocol)
 
 
 def recompute_scores(
@@ -751,6 +784,73 @@ def protocol_sentence(protocol: dict) -> str:
         f"images: {protocol['anomalous_images']} with an anomaly "
         f"against {protocol['normal_images']} without; torch {protocol['torch']}"
     )
+
+
+# ------------------------------------------------------------------- measure: worth more than free?
+
+
+def compared_scores(outputs: dict[str, Output]) -> dict[str, Tensor]:
+    """The scores [B, H, W] that `compare_with_free` compares, by "<network>/<score>": the
+    student's, and the teacher's measures; none without a student."""
+    if "student" not in outputs:
+        return {}
+    compared = {name: output for name, output in outputs.items() if name != "member"}
+    return scores_by_key(compared)
+
+
+def compare_with_free(bootstrap: metrics.PairedBootstrap, figures: Sequence[str]) -> dict:
+    """Does a score of the student find more than what its softmax gives for nothing?
+
+    bootstrap: has seen the `compared_scores` of all images; figures: "auroc", "aurc". Returns one
+    task of the part "comparison" of metrics.json, which is, if there is a student,
+
+        "comparison": {"draws": 1000, "seed": 0, "errors": task, "ood": {"<set>": task}}
+        task: {"auroc": figure, "aurc": figure}      an OOD set has the AUROC alone
+        figure: {"best_free": "student/<score>", "value": x,
+                 "scores": {"<network>/<score>": {"value", "gain", "low", "high", "worth_more"}}}
+
+    best_free: the best of `metrics.FREE_SCORES` by its value on these very images, which favours
+    it over the others. scores: all that the student learned and, as "teacher/<measure>", what a
+    perfect copy of the teacher would reach when it is asked for the student's errors or for the
+    anomalies. gain: how much better than the best free score, above 0 is better for both figures;
+    low, high: its 95 % interval. worth_more: `verdict` of the interval. All are figures of
+    `metrics.PairedBootstrap`, whose cells are coarse: a value may differ from the same figure
+    elsewhere in metrics.json by a few units of its fifth digit.
+    """
+    results = {}
+    if not bootstrap.images:
+        return results
+    free = [f"student/{name}" for name in FREE_SCORES]
+    for figure in figures:
+        values = {}  # of each score [1 + draws], the higher the better
+        for key in bootstrap.images:
+            values[key] = bootstrap.auroc(key) if figure == "auroc" else -bootstrap.aurc(key)
+        best_free = max(free, key=lambda key: values[key][0])
+        scores = {}
+        for key, score_values in values.items():
+            if key not in free:
+                gain = score_values - values[best_free]
+                low, high = bootstrap.interval(gain)
+                scores[key] = {
+                    "value": float(abs(score_values[0])),
+                    "gain": float(gain[0]),
+                    "low": low,
+                    "high": high,
+                    "worth_more": verdict(low, high),
+                }
+        best_value = float(abs(values[best_free][0]))
+        results[figure] = {"best_free": best_free, "value": best_value, "scores": scores}
+    return results
+
+
+def verdict(low: float, high: float) -> str:
+    """Is a score worth more? "yes" where the interval of its gain lies above 0, "no" where it
+    lies below, "undecided" around 0 and where there is no interval."""
+    if low > 0:
+        return "yes"
+    if high < 0:
+        return "no"
+    return "undecided"
 
 
 # ------------------------------------------------------------------------- measure: time and memory
@@ -1446,6 +1546,7 @@ COLUMNS = {  # by the key in metrics.json
     "nll": Column("NLL ↓", 1, 4),
     "brier": Column("Brier ↓", 1, 4),
     "ece": Column("ECE % ↓", 100, 2),
+    "error_ece": Column("ECE % ↓", 100, 2),
     "auroc": Column("AUROC % ↑", 100, 2),
     "ap": Column("AP % ↑", 100, 2),
     "fpr95": Column("FPR95 % ↓", 100, 2),
@@ -1542,6 +1643,64 @@ def class_section(classes: list[dict]) -> Section:
     return Section("classes", "Classes", explanation, headings, rows)
 
 
+class ComparedTask(NamedTuple):
+    """A column of the table "worth more than free?"."""
+
+    heading: str
+    figure: str  # "auroc" or "aurc"
+    comparison: dict  # of the figure, as `compare_with_free` has it
+
+
+def comparison_section(comparison: dict) -> Section:
+    """Which scores are worth more than the best free one: one row per score, one column per task
+    and figure. comparison: that part of metrics.json."""
+    explanation = (
+        "Compared with the best score that the student’s softmax gives for nothing, chosen on "
+        "these very images. yes: better, the 95 % interval of the gain lies above 0 (paired "
+        "bootstrap over images); no: worse; undecided: 0 is in the interval. The number is the "
+        "gain, in % for AUROC. The teacher’s rows show what a perfect copy of its measure could "
+        "reach: for errors, its measure is asked for those of the student."
+    )
+    headings = [""]
+    rows = []
+    if comparison:
+        tasks = compared_tasks(comparison)
+        headings += [task.heading for task in tasks]
+        best_free = ["best free score"]
+        for task in tasks:
+            name = task.comparison["best_free"].removeprefix("student/")
+            best_free.append(name.replace("_", " "))
+        rows.append(best_free)
+        for network, score, _ in in_order(tasks[0].comparison["scores"]):
+            row = [f"{network} {score}".replace("_", " ")]
+            for task in tasks:
+                gain = task.comparison["scores"][f"{network}/{score}"]
+                row.append(gain_text(gain, task.figure))
+            rows.append(row)
+    return Section("comparison", "Worth more than free?", explanation, headings, rows)
+
+
+def compared_tasks(comparison: dict) -> list[ComparedTask]:
+    """The tasks of the part "comparison" of metrics.json: errors first, then the OOD sets."""
+    tasks = [
+        ComparedTask("errors AUROC", "auroc", comparison["errors"]["auroc"]),
+        ComparedTask("errors AURC", "aurc", comparison["errors"]["aurc"]),
+    ]
+    for name, task in comparison["ood"].items():
+        tasks.append(ComparedTask(name[:12], "auroc", task["auroc"]))
+    return tasks
+
+
+def gain_text(gain: dict, figure: str) -> str:
+    """The verdict on a score with its gain where it is decided; a dash where it is unknown."""
+    if gain["gain"] is None:
+        return "–"
+    if gain["worth_more"] == "undecided":
+        return "undecided"
+    column = COLUMNS[figure]
+    return f"{gain['worth_more']} {column.factor * gain['gain']:+.{column.digits}f}"
+
+
 def protocol_section(protocol: dict) -> Section:
     """What the results depend on, one row per setting."""
     rows = []
@@ -1583,6 +1742,7 @@ def sections(results: dict) -> list[Section]:
         )
         parts.append(part)
     parts += [
+        comparison_section(results["comparison"]),
         table_section(
             "fidelity",
             "Fidelity",
@@ -1686,6 +1846,16 @@ CURVES = {  # by the key in metrics.json
         caption="Good: on the diagonal. Below it the network is overconfident.",
         diagonal=True,
     ),
+    "error_reliability": Curve(
+        title="Reliability of predicted errors, with ECE in %",
+        number="error_ece",
+        points=("probability", "error_rate"),
+        xlabel="predicted probability of error, %",
+        ylabel="wrong pixels, %",
+        limits=Limits(0, 100, 0, 100),
+        caption="Good: on the diagonal. Above it errors are more frequent than predicted.",
+        diagonal=True,
+    ),
     "rejection": Curve(
         title="mIoU without the most uncertain pixels",
         number=None,
@@ -1728,7 +1898,7 @@ CURVES = {  # by the key in metrics.json
 # The charts draw these scores only, so that they can be read; the tables list every score. To draw
 # another one, name it here with an index into DASHES. "" is for the curves that belong to a network
 # and not to a score.
-DRAWN_SCORES = {"": 0, "dudes": 0, "std": 0, "entropy": 1}
+DRAWN_SCORES = {"": 0, "dudes": 0, "std": 0, "entropy": 1, ERROR: 2}
 
 
 def curve_chart(kind: str, results: dict[str, dict]) -> Chart | None:
@@ -1808,7 +1978,7 @@ def density_html(fidelity: dict) -> str:
 
 def pictures_html(results: dict, panels: list[tuple[str, Path]]) -> dict[str, str]:
     """The HTML of the pictures of each section, by `Section.key`; arguments as for `report`."""
-    error_curves = ["rejection", "risk_coverage", "roc", "pr"]
+    error_curves = ["rejection", "risk_coverage", "roc", "pr", "error_reliability"]
     pictures = {
         "segmentation": curves_html(["reliability"], results["segmentation"]),
         "uncertainty": curves_html(error_curves, results["uncertainty"]),
@@ -2401,7 +2571,17 @@ def resolve(args: argparse.Namespace, checkpoint: dict, device: torch.device) ->
 
     # ---------------------------------------------------------------- how the student was distilled
     distillation = {}
-    for key in ("views", "uncertainty_weight", "distill_probs", "strong_views", "extra"):
+    recorded = (
+        "head",
+        "views",
+        "uncertainty_weight",
+        "distill_probs",
+        "strong_views",
+        "extra",
+        "unlabelled_depth",
+        "unlabelled_weight",
+    )
+    for key in recorded:
         if key in trained:
             distillation[key] = trained[key]
 
@@ -2560,6 +2740,7 @@ def main(args: argparse.Namespace) -> None:
         split = evaluate_split(networks, dataset, inference, split_scores, with_ood)
         results = split.results
         results["ood"] = {}
+        results["comparison"] = {}
         results["timing"] = {}
         warn_beyond_float16(settings.split, results["uncertainty"])
         labelled_pixels = results["segmentation"][networks.main_name]["n"]
@@ -2577,19 +2758,29 @@ def main(args: argparse.Namespace) -> None:
         in_distribution = split.image_statistics
         if in_distribution_set is not None:
             in_distribution = collect_image_statistics(networks, in_distribution_set, inference)
+        ood_comparisons = {}
         for ood in ood_sets:
             negatives = in_distribution
             if ood.name == "held-out" and in_distribution_set is None:
                 negatives = {}  # this OOD set consists of the images of the split
             ood_scores = subfolder(args.save_scores, ood.name)
-            ood_results, set_protocol = evaluate_ood(
-                networks, ood, negatives, inference, ood_scores
-            )
-            results["ood"][ood.name] = ood_results
-            protocol["ood"][ood.name] = set_protocol
-            print(f"OOD {ood.name}: {protocol_sentence(set_protocol)}", flush=True)
-            warn_beyond_float16(f"OOD {ood.name}", ood_results)
+            measured = evaluate_ood(networks, ood, negatives, inference, ood_scores)
+            results["ood"][ood.name] = measured.results
+            protocol["ood"][ood.name] = measured.protocol
+            ood_comparisons[ood.name] = measured.comparison
+            print(f"OOD {ood.name}: {protocol_sentence(measured.protocol)}", flush=True)
+            warn_beyond_float16(f"OOD {ood.name}", measured.results)
             steps_left.remove(f"ood {ood.name}")
+            write_results(json_file, protocol, results, steps_left)
+
+        # ------------------------------------------------------------ worth more than free?
+        if networks.student is not None:
+            results["comparison"] = {
+                "draws": metrics.PairedBootstrap.DRAWS,
+                "seed": metrics.PairedBootstrap.SEED,
+                "errors": split.comparison,
+                "ood": ood_comparisons,
+            }
             write_results(json_file, protocol, results, steps_left)
 
         # ------------------------------------------------------------ time and memory

@@ -6,8 +6,9 @@ The teacher is M independently trained networks. With the softmax taken after th
     u    = sqrt( 1/(M-1) sum_m (softmax(logits_m)(y) - p(y))^2 )
 
 is its mean prediction and its predictive uncertainty (Landgraf et al. 2024, doi
-10.1007/s41064-024-00280-4). The student predicts u with one 1x1 convolution and a
-sigmoid on the decoder's features: one pass for both.
+10.1007/s41064-024-00280-4). The student predicts u in the pass that predicts the classes,
+by one of two heads: `PaperHead`, a 1x1 convolution and a sigmoid on the decoder's
+features, or `ConfidenceHead`, which adds to that what the student's own softmax says.
 
     from model import load_model
     network = load_model("ckpts/student.pt")           # eval mode, on the CPU
@@ -15,6 +16,7 @@ sigmoid on the decoder's features: one pass for both.
 
 Outline:
     the network         DeepLabV3 and its parts
+    uncertainty heads   PaperHead, ConfidenceHead
     initial weights     ImageNet, a file, or none
     the ensemble        mean probabilities and predictive uncertainty, streamed; MC dropout
     checkpoints         save, read, rebuild a network, rebuild an ensemble
@@ -29,6 +31,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -54,9 +57,6 @@ from torchvision.models.segmentation.deeplabv3 import ASPPConv, DeepLabHead
 BACKBONES = ("resnet18", "resnet50", "resnet101", "mobilenet_v3_large")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# The uncertainty head starts where most standard deviations lie, at sigmoid(-3) = 0.05.
-# With a bias of 0 it would start at 0.5 and need epochs to come down.
-UNCERTAINTY_BIAS = -3.0
 
 Size = tuple[int, int]  # height, width in pixels
 
@@ -85,9 +85,10 @@ class DeepLabV3(nn.Module):
     backbone: one of `BACKBONES`; output stride 8 for resnet50 and resnet101, else 16.
     measures: names of the distilled uncertainties, a channel each; without any there is no head.
     rgb_mean, rgb_std: of the values in [0, 1], with which the network normalises its input.
+    head: one of `HEADS`, which predicts the uncertainties.
 
     The parameters keep torchvision's names, `backbone.*` and `classifier.*`, so that
-    its weights fit. Raises ModelError at an unknown backbone.
+    its weights fit. Raises ModelError at an unknown backbone or head.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class DeepLabV3(nn.Module):
         measures: tuple[str, ...] = (),
         rgb_mean: tuple[float, ...] = IMAGENET_MEAN,
         rgb_std: tuple[float, ...] = IMAGENET_STD,
+        head: str = "paper",
     ):
         super().__init__()
         self.num_classes = num_classes
@@ -110,9 +112,8 @@ class DeepLabV3(nn.Module):
 
         self.uncertainty = None
         if measures:
-            features = self.classifier[-1].in_channels
-            self.uncertainty = nn.Conv2d(features, len(measures), kernel_size=1)
-            nn.init.constant_(self.uncertainty.bias, UNCERTAINTY_BIAS)
+            channels = self.classifier[-1].in_channels
+            self.uncertainty = build_head(head, channels, len(measures))
 
         # Not in the weights: a checkpoint names them in its configuration.
         rgb_mean = torch.tensor(rgb_mean).view(1, 3, 1, 1)
@@ -136,10 +137,10 @@ class DeepLabV3(nn.Module):
         # The heads work in float32: logits in bfloat16 would have 256 steps to a factor of two.
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
+            logits = upsample(self.classifier[-1](features), size)
             uncertainty = None
             if self.uncertainty is not None:
-                uncertainty = upsample(self.uncertainty(features), size).sigmoid()
-            logits = upsample(self.classifier[-1](features), size)
+                uncertainty = self.uncertainty(features, logits)
         return Prediction(logits, uncertainty)
 
 
@@ -226,6 +227,121 @@ def dilate_last_stage(stage: nn.Sequential) -> None:
     for conv in (first.conv2, second.conv1, second.conv2):
         conv.dilation = (2, 2)
         conv.padding = (2, 2)
+
+
+# -------------------------------------------------------------------------------- uncertainty heads
+
+# "confidence-1x1" and "confidence-attached" are variations for studies; see `build_head`.
+HEADS = ("paper", "confidence", "confidence-1x1", "confidence-attached")
+
+
+def build_head(name: str, channels: int, num_measures: int) -> nn.Module:
+    """The uncertainty head of that name, for features of so many channels.
+
+    A head takes the decoder's features [B, channels, h, w] and the logits [B, C, H, W], and
+    returns the uncertainties [B, T, H, W] in (0, 1). Raises ModelError at an unknown name.
+    """
+    if name == "paper":
+        return PaperHead(channels, num_measures)
+    if name == "confidence":
+        return ConfidenceHead(channels, num_measures)
+    # What "confidence" is compared with: one layer in place of three, and features that learn
+    # from the uncertainty too.
+    if name == "confidence-1x1":
+        return ConfidenceHead(channels, num_measures, hidden_layers=0)
+    if name == "confidence-attached":
+        return ConfidenceHead(channels, num_measures, detach_features=False)
+    raise ModelError(f"unknown uncertainty head {name!r}; choose one of {', '.join(HEADS)}")
+
+
+class PaperHead(nn.Conv2d):
+    """The head of DUDES: a 1x1 convolution of the features, upsampled, and a sigmoid.
+
+    u_t = sigmoid(up(a_t))
+    """
+
+    # It starts where most standard deviations lie, at sigmoid(-3) = 0.05. With a bias of 0
+    # it would start at 0.5 and need epochs to come down.
+    START = -3.0
+
+    def __init__(self, channels: int, num_measures: int):
+        super().__init__(channels, num_measures, kernel_size=1)
+        nn.init.constant_(self.bias, self.START)
+
+    def forward(self, features: Tensor, logits: Tensor) -> Tensor:
+        """[B, channels, h, w] and [B, C, H, W] -> [B, T, H, W] in (0, 1)."""
+        a = super().forward(features)  # [B, T, h, w]
+        return upsample(a, logits.shape[-2:]).sigmoid()
+
+
+class ConfidenceHead(nn.Module):
+    """A head that starts from how sure the network is, and learns where that misleads.
+
+        u_t = sigmoid( up(a_t) + b_t1 z_1 + b_t2 z_2 )
+        z_1 = log-odds of 1 - max softmax        z_2 = log-odds of entropy / log C
+
+    The features have 1/8 or 1/16 of the resolution: what is made of them alone cannot draw the
+    thin lines along borders where the members of an ensemble disagree. z can, because the softmax
+    is taken after the upsampling. a_t is a small stack of convolutions of the features, b_t
+    are two learned numbers a measure.
+
+    Neither z nor the features pass a gradient back: the head learns to judge the network and
+    does not change it, so the segmentation is what it would be without. hidden_layers: 3x3
+    convolutions before the last one of 1x1. detach_features: False lets the uncertainty's loss
+    reach the network through the features.
+    """
+
+    WIDTH = 64  # channels of the hidden layers
+    START = -1.5  # of a
+    START_OF_WEIGHTS = 0.25  # of b
+    SMALLEST = 1e-5  # log-odds are of numbers in [SMALLEST, 1 - SMALLEST], so at most 11.5
+
+    def __init__(
+        self,
+        channels: int,
+        num_measures: int,
+        hidden_layers: int = 2,
+        detach_features: bool = True,
+    ):
+        super().__init__()
+        self.detach_features = detach_features
+        layers = []
+        for _ in range(hidden_layers):
+            layers += [nn.Conv2d(channels, self.WIDTH, kernel_size=3, padding=1), nn.GELU()]
+            channels = self.WIDTH
+        last = nn.Conv2d(channels, num_measures, kernel_size=1)
+        nn.init.normal_(last.weight, std=0.01)
+        nn.init.constant_(last.bias, self.START)
+        self.from_features = nn.Sequential(*layers, last)  # a
+        # A 1x1 convolution is a weighted sum of the channels of z.
+        self.from_confidence = nn.Conv2d(2, num_measures, kernel_size=1, bias=False)  # b
+        nn.init.constant_(self.from_confidence.weight, self.START_OF_WEIGHTS)
+
+    def forward(self, features: Tensor, logits: Tensor) -> Tensor:
+        """[B, channels, h, w] and [B, C, H, W] -> [B, T, H, W] in (0, 1)."""
+        if self.detach_features:
+            features = features.detach()
+        a = upsample(self.from_features(features), logits.shape[-2:])  # [B, T, H, W]
+        z = self.log_odds(logits.detach())  # [B, 2, H, W]
+        return (a + self.from_confidence(z)).sigmoid()
+
+    @classmethod
+    def log_odds(cls, logits: Tensor) -> Tensor:
+        """z of float32 logits [B, C, H, W]: [B, 2, H, W]."""
+        # One class at a time: temporaries of the size of the logits took twice as long on a CPU.
+        # With l the largest logit of a pixel and s = sum_c exp(logit_c - l), the largest
+        # probability is 1 / s and the entropy log s - sum_c exp(logit_c - l) (logit_c - l) / s.
+        largest = logits.amax(dim=1)  # [B, H, W]
+        total = torch.zeros_like(largest)
+        weighted = torch.zeros_like(largest)
+        for class_logits in logits.unbind(dim=1):
+            difference = class_logits - largest
+            exponential = difference.exp()
+            total += exponential
+            weighted += exponential * difference
+        error = (total - 1) / total
+        entropy = (total.log() - weighted / total) / math.log(logits.shape[1])
+        return torch.stack([error, entropy], dim=1).logit(eps=cls.SMALLEST)
 
 
 # ---------------------------------------------------------------------------------- initial weights
@@ -568,6 +684,7 @@ def build_model(checkpoint: dict, path: str | Path) -> DeepLabV3:
         tuple(config["measures"]),
         tuple(normalisation["mean"]),
         tuple(normalisation["std"]),
+        config.get("head", "paper"),
     )
     try:
         network.load_state_dict(checkpoint["model"])

@@ -74,6 +74,7 @@ from model import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     DeepLabV3,
+    PaperHead,
     UsageError,
     autocast,
     choose_amp,
@@ -137,8 +138,10 @@ RECIPES = {
 # These replace a recipe's entries where --weights none takes the place of pretrained weights.
 SCRATCH = dict(lr=0.05, head_lr_mult=1.0, warmup=50)
 
-# The uncertainty head learns at this multiple of the base rate at least. Ten is the
-# paper's for all heads; this one, a sigmoid that starts near 0, always needs it.
+# `PaperHead` learns at this multiple of the base rate at least. Ten is the paper's for all
+# heads; this one, a sigmoid that starts near 0, always needs it. `ConfidenceHead` learns at the
+# rate of the other heads: its log-odds are numbers up to 11, and ten times the rate makes it
+# diverge.
 UNCERTAINTY_LR_MULT = 10.0
 
 # -------------------------------------------------------------------------------------- the command
@@ -319,7 +322,9 @@ def build_optimizer(
     divided by the weight and its decay multiplied by it (their product stays). This holds
     while every loss on that head carries the weight.
     """
-    uncertainty_lr_mult = max(head_lr_mult, UNCERTAINTY_LR_MULT)
+    uncertainty_lr_mult = head_lr_mult
+    if isinstance(model.uncertainty, PaperHead):
+        uncertainty_lr_mult = max(head_lr_mult, UNCERTAINTY_LR_MULT)
     lr_mults = {
         "backbone": 1.0,
         "classifier": head_lr_mult,
@@ -1012,11 +1017,15 @@ def build_config(dataset: data.SegmentationDataset, flags: TrainingFlags, member
 
 
 def build_network(
-    flags: TrainingFlags, seed: int, num_classes: int, measures: tuple[str, ...] = ()
+    flags: TrainingFlags,
+    seed: int,
+    num_classes: int,
+    measures: tuple[str, ...] = (),
+    head: str = "paper",
 ) -> DeepLabV3:
     """A network on its device, initialised from `seed`, which also seeds its dropout."""
     torch.manual_seed(seed)
-    model = DeepLabV3(flags.backbone, num_classes, measures)
+    model = DeepLabV3(flags.backbone, num_classes, measures, head=head)
     print(load_weights(model, flags.weights, flags.backbone), flush=True)
     if not is_first_process():  # the same weights in all of a group, but other dropout
         torch.manual_seed(seed + get_rank())

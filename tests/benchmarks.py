@@ -45,6 +45,7 @@ import evaluate
 import metrics
 import train_ensemble
 from model import (
+    HEADS,
     DeepLabV3,
     Ensemble,
     autocast,
@@ -467,7 +468,8 @@ def bench_distill(args: argparse.Namespace) -> None:
 
 
 def bench_inference(args: argparse.Namespace) -> None:
-    """A member, the teacher of 10 and the student of four measures, as --benchmark has them."""
+    """A member, the teacher of 10 and the student of four measures, as --benchmark has them; then
+    the uncertainty heads."""
     device = torch.device(args.device)
     if device.type == "cuda":
         height, width = 768, 768
@@ -502,6 +504,27 @@ def bench_inference(args: argparse.Namespace) -> None:
     print_table(title, [*header, "peak MB"], rows)
     if device.type == "cuda":
         print_share("a forward pass", member["compiled_ms_per_image"] / 1000, 1.9)
+
+    # ---- every uncertainty head beside a member, in turns
+    networks = {"member": members[0]}
+    for head in HEADS:
+        student = DeepLabV3(backbone, 19, tuple(metrics.MEASURES), head=head).eval()
+        networks[head] = student.to(device, memory_format=torch.channels_last)
+    images = image[None].repeat(batch_size, 1, 1, 1).to(device)
+    compiled = {name: torch.compile(network) for name, network in networks.items()}
+    with torch.inference_mode():
+        eager_costs = evaluate.cost_of_passes(networks, images, inference)
+        compiled_costs = evaluate.cost_of_passes(compiled, images, inference)
+    rows = []
+    for name in networks:
+        row = [name]
+        for costs in (eager_costs, compiled_costs):
+            milliseconds = costs[name]["ms_per_image"]
+            row.append(milliseconds)
+            row.append(f"{milliseconds / costs['member']['ms_per_image']:.3f}")
+        rows.append(row)
+    header = ["head", "ms per image", "of a member", "compiled", "of a member"]
+    print_table("uncertainty heads of four measures", header, rows)
 
 
 # ------------------------------------------------------------------ train

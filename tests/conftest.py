@@ -1,5 +1,11 @@
 """Data sets in their publishers' layouts, written small, and the commands run in this process."""
 
+import os
+
+# One thread here and in every process that the tests start: the number of threads decides the last
+# bits of a sum, and tests compare weights bit for bit. Set before torch counts the processors.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import numpy as np
 import pytest
 import torch

@@ -25,6 +25,7 @@ class Toy(nn.Module):
         self.num_classes = num_classes
         self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
         self.classifier = nn.Conv2d(4, num_classes, 1)
+        self.uncertainty = None
 
     def forward(self, images, size=None):
         return Prediction(self.classifier(self.backbone(images.float() / 255)), None)
@@ -37,6 +38,7 @@ def test_momentum_is_there_before_a_first_step_that_overflows():
     model = nn.Module()
     model.backbone = nn.Linear(3, 3)
     model.classifier = nn.Linear(3, 3)
+    model.uncertainty = None
     with torch.no_grad():  # memory that was used before, where an uninitialised buffer would lie
         junk = [torch.full((3, 3), 1e30) for _ in range(100)]
     del junk
@@ -109,7 +111,7 @@ def test_a_training_compiles_once(tmp_path, compiled_graphs):
 
 
 def test_the_memory_of_a_step_is_known_before_it_runs(capsys):
-    flags = flags_of(backbone="resnet18", batch_size=2, crop_size=(64, 96))
+    flags = flags_of(backbone="resnet18", batch_size=4, crop_size=(64, 96))
     sizes = {}
 
     def note(tensor):
@@ -119,7 +121,7 @@ def test_the_memory_of_a_step_is_known_before_it_runs(capsys):
 
     kept = []
     network = DeepLabV3("resnet18", 5).train()
-    images = torch.zeros(2, 3, 64, 96, dtype=torch.uint8)
+    images = torch.zeros(4, 3, 64, 96, dtype=torch.uint8)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         network(images)
     real = sum(sizes.values())

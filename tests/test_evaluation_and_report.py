@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small
+from conftest import small, write_folder
 from PIL import Image
 
+import distill
 import evaluate
+import metrics
 from data import DataError, open_dataset
 from metrics import MetricError
 from model import ModelError, UsageError, load_ensemble, load_model
@@ -158,6 +160,161 @@ def test_every_number_of_the_report_is_that_of_metrics_json(trained, command, tm
             value = source["iou" if kind == "IoU" else "uncertainty"][network]
             factor, digits = (100, 1) if kind == "IoU" else (1, 4)
             assert cell == ("–" if value is None else f"{factor * value:.{digits}f}")
+
+
+def auroc_of_cells(scores, positives):
+    """Area under the ROC of pixels, scores as coarse as those of the bootstrap."""
+    cells = (metrics.float16_bucket(scores) >> metrics.PairedBootstrap.CELL_BITS).numpy()
+    return metrics.pairs_auroc(cells[positives], cells[~positives])
+
+
+def test_the_comparison_equals_drawing_images(trained, command, tmp_path):
+    ckpts, images = trained[1], 7
+    folder = write_folder(tmp_path / "data", train=1, val=images)
+    flags = both(ckpts, "--data", folder, "--amp", "off", "--panels", 0, "--batch-size", 3)
+    flags += ["--save-scores", tmp_path / "s", "--out", tmp_path / "r", "--ood", "pasted"]
+    code, out, _ = command("evaluate", *flags)
+    assert code == 0
+    comparison = json.loads((tmp_path / "r/metrics.json").read_text())["comparison"]
+    assert set(comparison) == {"draws", "seed", "errors", "ood"}
+    assert set(comparison["ood"]["pasted"]) == {"auroc"}
+
+    # the student's errors, and the scores as float16 maps
+    dataset = open_dataset("folder", folder, "val")
+    student = load_model(ckpts / "student.pt")
+    wrong, valid = [], []
+    for image, labels, _ in dataset:
+        with torch.inference_mode():
+            prediction = student(image[None]).logits[0].argmax(0)
+        wrong.append((prediction != labels).numpy())
+        valid.append((labels < 254).numpy())
+    scores = {}
+    for path in sorted((tmp_path / "s/val").iterdir()):
+        maps = [torch.from_numpy(np.load(path / f"{name}.npy")) for name in dataset.names]
+        scores[path.name.replace("-", "/", 1)] = maps
+
+    def auroc(key, chosen):
+        values = torch.cat([scores[key][i][torch.from_numpy(valid[i])] for i in chosen])
+        return auroc_of_cells(values, np.concatenate([wrong[i][valid[i]] for i in chosen]))
+
+    results = comparison["errors"]["auroc"]
+    free = [f"student/{name}" for name in metrics.FREE_SCORES]
+    whole = {key: auroc(key, range(images)) for key in scores}
+    best = max(free, key=lambda key: whole[key])
+    assert results["best_free"] == best and results["value"] == pytest.approx(whole[best])
+    learned = {key for key in whole if key.startswith(("student/dudes", "teacher/"))}
+    assert set(results["scores"]) == learned == set(comparison["errors"]["aurc"]["scores"])
+
+    draws = comparison["draws"]
+    generator = np.random.default_rng(comparison["seed"])
+    drawn = generator.multinomial(images, np.full(images, 1 / images), size=draws)
+    for key in ("student/dudes", "teacher/entropy"):
+        row = results["scores"][key]
+        assert row["value"] == pytest.approx(whole[key])
+        assert row["gain"] == pytest.approx(whole[key] - whole[best])
+        gains = []
+        for times in drawn:
+            chosen = np.repeat(np.arange(images), times)
+            gains.append(auroc(key, chosen) - auroc(best, chosen))
+        assert row["low"] == pytest.approx(np.percentile(gains, 2.5), abs=1e-9)
+        assert row["high"] == pytest.approx(np.percentile(gains, 97.5), abs=1e-9)
+        assert row["worth_more"] == evaluate.verdict(row["low"], row["high"])
+
+    # AURC is better when lower, so its gain has the other sign.
+    results = comparison["errors"]["aurc"]
+    row = results["scores"]["student/dudes"]
+    assert row["gain"] == pytest.approx(results["value"] - row["value"])
+
+    # The terminal and the report show it as one table.
+    assert "Worth more than free?" in out
+    page = Tables()
+    page.feed((tmp_path / "r/report.html").read_text())
+    head, best_row, *rows = page.tables["Worth more than free?"]
+    assert head == ["", "errors AUROC", "errors AURC", "pasted"]
+    assert best_row[1] == best.removeprefix("student/").replace("_", " ")
+    figures = [comparison["errors"]["auroc"], results, comparison["ood"]["pasted"]["auroc"]]
+    labels = {key.replace("/", " ").replace("_", " "): key for key in learned}
+    assert {row[0] for row in rows} == set(labels)
+    for label, *cells in rows:
+        for cell, figure, factor, digits in zip(
+            cells, figures, (100, 1, 100), (2, 4, 2), strict=True
+        ):
+            gain = figure["scores"][labels[label]]
+            decided = f"{gain['worth_more']} {factor * gain['gain']:+.{digits}f}"
+            undecided = gain["worth_more"] == "undecided"
+            assert cell == ("undecided" if undecided else decided)
+
+
+def test_a_verdict_follows_from_the_interval():
+    nan = float("nan")
+    intervals = {(0.1, 0.2): "yes", (-0.2, -0.1): "no", (-0.1, 0.1): "undecided"}
+    intervals |= {(0.0, 0.1): "undecided", (nan, nan): "undecided"}
+    for interval, expected in intervals.items():
+        assert evaluate.verdict(*interval) == expected
+
+
+def test_few_images_decide_nothing_and_without_a_student_nothing_is_compared(
+    trained, command, tmp_path
+):
+    flags = ["--panels", 0, "--out", tmp_path]
+    assert command("evaluate", *both(trained[1], *flags))[0] == 0
+    comparison = json.loads((tmp_path / "metrics.json").read_text())["comparison"]
+    row = comparison["errors"]["auroc"]["scores"]["teacher/std"]  # of three images
+    assert row["low"] is row["high"] is None and row["worth_more"] == "undecided"
+    assert row["gain"] is not None
+    code, out, _ = command("evaluate", "--teacher", trained[1], "--device", "cpu", *flags)
+    assert code == 0 and "Worth more" not in out
+    assert json.loads((tmp_path / "metrics.json").read_text())["comparison"] == {}
+
+
+@pytest.fixture(scope="module")
+def student_of_errors(trained, tmp_path_factory):
+    """A student with a confidence head that also learned the error."""
+    path = tmp_path_factory.mktemp("errors") / "student.pt"
+    words = ["--teacher", trained[1], "--device", "cpu", "--head", "confidence", "--epochs", 1]
+    words += ["--targets", "std", "entropy", "error", "--out", path]
+    parser = distill.get_args_parser()
+    assert evaluate.run_main(distill.main, parser, [str(word) for word in words]) == 0
+    return path
+
+
+def test_the_predicted_error_is_a_score_with_a_reliability_diagram(
+    trained, student_of_errors, command, tmp_path
+):
+    flags = ["--student", student_of_errors, "--teacher", trained[1], "--device", "cpu"]
+    flags += ["--amp", "off", "--panels", 1, "--ood", "pasted", "--batch-size", 1]
+    flags += ["--save-scores", tmp_path / "s", "--out", tmp_path / "r"]
+    code, out, _ = command("evaluate", *flags)
+    assert code == 0 and "student error" in out
+    results = json.loads((tmp_path / "r/metrics.json").read_text())
+    learned = {key for key in results["ood"]["pasted"] if key.startswith("student/")}
+    learned -= {f"student/{name}" for name in metrics.FREE_SCORES}
+    assert learned == {"student/dudes", "student/dudes_entropy", "student/error"}
+    assert "teacher/error" not in results["uncertainty"]
+    assert results["fidelity"]["measure"] == "std"
+    assert "student/error" in results["comparison"]["errors"]["aurc"]["scores"]
+    assert results["protocol"]["distilled"]["head"] == "confidence"
+
+    # what its probability says, from whole maps
+    dataset = open_dataset("folder", trained[0], "val")
+    # in evaluate.py's memory layout: a pixel at the edge of a bin follows the last bits
+    student = load_model(student_of_errors).to(memory_format=torch.channels_last)
+    calibration = metrics.ErrorCalibration()
+    for image, labels, _ in dataset:
+        with torch.inference_mode():
+            logits, uncertainty = student(image[None])
+        calibration.update(uncertainty[0, 2], logits[0].argmax(0) != labels, labels < 254)
+    expected = calibration.compute()
+    error = results["uncertainty"]["student/error"]
+    assert error["error_ece"] == pytest.approx(expected["ece"], abs=1e-5)
+    assert sum(error["error_reliability"]["count"]) == error["n"] == expected["n"]
+    report = (tmp_path / "r/report.html").read_text()
+    assert "Reliability of predicted errors" in report
+
+    out = tmp_path / "maps"
+    flags = ["--predict", trained[0] / "images/val", "--device", "cpu", "--out", out]
+    assert command("evaluate", "--student", student_of_errors, *flags)[0] == 0
+    assert len(list(out.glob("*_uncertainty16.png"))) == 3
 
 
 def test_the_benchmark_measures_eager_and_compiled_networks(trained, monkeypatch):

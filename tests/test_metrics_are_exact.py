@@ -19,7 +19,10 @@ from metrics import (
     ClassUncertainty,
     ConfusionMatrix,
     Detection,
+    ErrorCalibration,
     Fidelity,
+    MetricError,
+    PairedBootstrap,
     ProperScores,
     RejectionCurve,
     SelectivePrediction,
@@ -31,6 +34,7 @@ ACCUMULATORS = {
     "confusion": lambda **k: ConfusionMatrix(C, **k),
     "proper": ProperScores,
     "calibration": CalibrationError,
+    "error calibration": ErrorCalibration,
     "detection": Detection,
     "selective": SelectivePrediction,
     "rejection": lambda **k: RejectionCurve(C, **k),
@@ -71,6 +75,7 @@ def arguments_of(name, batch):
         "confusion": (prediction, labels),
         "proper": (probs, labels),
         "calibration": (probs, labels),
+        "error calibration": (uncertainty, prediction != labels, valid),
         "detection": (uncertainty, prediction != labels, valid),
         "selective": (uncertainty, prediction == labels, valid),
         "rejection": (uncertainty, prediction, labels),
@@ -347,6 +352,34 @@ def test_calibration_equals_brute_force():
     with_prediction.update(batch["probs"], batch["labels"], batch["prediction"])
     assert with_prediction.compute() == result or math.isnan(result["bins"]["accuracy"][0])
     assert with_prediction.compute()["ece"] == result["ece"]
+
+
+def test_error_calibration_equals_brute_force():
+    batch = make_batch(6)
+    valid = batch["labels"] < C
+    wrong = batch["prediction"] != batch["labels"]
+    q = batch["uncertainty"].clone()  # in 0..0.8
+    q[0, 0, :5] = 0.0
+    q[0, 1, :5] = 1.0
+    accumulator = ErrorCalibration(bins=10)
+    accumulator.update(q, wrong, valid)
+    result = accumulator.compute()
+
+    q, wrong = q[valid].double().numpy(), wrong[valid].numpy()
+    ece, gaps = 0.0, []
+    for b in range(10):
+        inside = (q > b / 10) & (q <= (b + 1) / 10)
+        if b == 0:
+            inside |= q == 0
+        assert result["bins"]["count"][b] == inside.sum()
+        if inside.any():
+            gap = abs(wrong[inside].mean() - q[inside].mean())
+            gaps.append(gap)
+            ece += inside.mean() * gap
+            assert result["bins"]["error_rate"][b] == pytest.approx(wrong[inside].mean())
+            assert result["bins"]["probability"][b] == pytest.approx(q[inside].mean())
+    assert result["ece"] == pytest.approx(ece) and result["mce"] == pytest.approx(max(gaps))
+    assert result["n"] == len(q)
 
 
 def test_proper_scores_equal_brute_force():
@@ -906,3 +939,104 @@ def test_cuda_equals_cpu_without_waiting(name):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_close(accumulator.compute(), accumulate(name, batch, batch).compute(), 1e-6)
+
+
+# ------------------------------------------------------------------ comparison
+
+
+def scores_of_images(images, seed=0, height=20, width=30):
+    """Two scores of some use and the positives [B, H, W], images of different difficulty."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (images, height, width)
+    difficulty = torch.rand(images, 1, 1, generator=generator)
+    positives = (torch.rand(shape, generator=generator) < 0.05 + 0.3 * difficulty).to(torch.uint8)
+    positives[:, 0] = 255
+    doubt = positives * (1 - difficulty) + torch.randn(shape, generator=generator)
+    other = doubt + 0.5 * torch.randn(shape, generator=generator)
+    return {"doubt": doubt.sigmoid(), "other": -10 + 2 * other}, positives
+
+
+def in_cells(scores):
+    """Scores as `PairedBootstrap` sees them: their cells as whole numbers that float16 has."""
+    cells = metrics.float16_bucket(scores) >> PairedBootstrap.CELL_BITS
+    return cells - PairedBootstrap.CELLS // 2  # from -2048 to 2047
+
+
+def test_paired_bootstrap_equals_drawing_images():
+    scores, positives = scores_of_images(12)
+    bootstrap = PairedBootstrap(draws=40, seed=3)
+    bootstrap.update(scores, positives)
+    draws = np.random.default_rng(3).multinomial(12, np.full(12, 1 / 12), size=40)
+    draws = [np.ones(12, int), *draws]
+    expected = {"auroc": {}, "aurc": {}}
+    for name in scores:
+        cells = in_cells(scores[name])
+        for times in draws:
+            chosen = np.repeat(np.arange(12), times)
+            detection, selective = Detection(), SelectivePrediction()
+            detection.update(cells[chosen], positives[chosen])
+            selective.update(cells[chosen], 1 - positives[chosen].int(), positives[chosen] < 2)
+            aurocs = expected["auroc"].setdefault(name, [])
+            aurocs.append(detection.compute()["auroc"])
+            expected["aurc"].setdefault(name, []).append(selective.compute()["aurc"])
+        np.testing.assert_allclose(bootstrap.auroc(name), expected["auroc"][name], rtol=1e-9)
+        np.testing.assert_allclose(bootstrap.aurc(name), expected["aurc"][name], rtol=1e-9)
+
+    difference = np.subtract(expected["auroc"]["doubt"], expected["auroc"]["other"])
+    low, high = bootstrap.interval(bootstrap.auroc("doubt") - bootstrap.auroc("other"))
+    assert low == pytest.approx(np.percentile(difference[1:], 2.5))
+    assert high == pytest.approx(np.percentile(difference[1:], 97.5))
+    assert low < difference[0] < high
+
+
+def test_paired_bootstrap_does_not_depend_on_the_batches():
+    scores, positives = scores_of_images(8)
+    whole = PairedBootstrap(draws=20)
+    whole.update(scores, positives)
+    parts = PairedBootstrap(draws=20)
+    for part in (slice(0, 1), slice(1, 6), slice(6, 8)):
+        batch = {name: values[part] for name, values in scores.items()}
+        valid = positives[part] < 2
+        parts.update(batch, positives[part] == 1, valid)
+    assert whole.num_images() == parts.num_images() == 8
+    for name in scores:
+        np.testing.assert_array_equal(whole.auroc(name), parts.auroc(name))
+        np.testing.assert_array_equal(whole.aurc(name), parts.aurc(name))
+
+
+def test_coarse_cells_cost_little():
+    scores, positives = scores_of_images(6, height=100, width=100)
+    bootstrap = PairedBootstrap(draws=1)
+    bootstrap.update(scores, positives)
+    for name, values in scores.items():
+        detection, selective = Detection(), SelectivePrediction()
+        detection.update(values, positives)
+        selective.update(values, 1 - positives.int(), positives < 2)
+        assert bootstrap.auroc(name)[0] == pytest.approx(detection.compute()["auroc"], abs=5e-4)
+        assert bootstrap.aurc(name)[0] == pytest.approx(selective.compute()["aurc"], abs=5e-4)
+        for cells, _ in bootstrap.images[name]:
+            assert 10 * len(cells) < 40000
+
+
+def test_paired_bootstrap_of_nothing_is_nan():
+    scores, positives = scores_of_images(8)
+    for flags in (torch.zeros_like(positives), torch.full_like(positives, 255)):
+        bootstrap = PairedBootstrap(draws=5)
+        bootstrap.update(scores, flags)
+        assert np.isnan(bootstrap.auroc("doubt")).all() and np.isnan(bootstrap.aurc("doubt")).all()
+        assert np.isnan(bootstrap.interval(bootstrap.auroc("doubt"))).all()
+    few = PairedBootstrap(draws=5)
+    few.update({name: values[:4] for name, values in scores.items()}, positives[:4])
+    assert few.auroc("doubt")[0] > 0.5 and np.isnan(few.interval(few.auroc("doubt"))).all()
+    assert PairedBootstrap().num_images() == 0
+
+    # A draw whose images have no positive is left out, and the others count.
+    positives[1:] = torch.where(positives[1:] == 1, 0, positives[1:])
+    rare = PairedBootstrap(draws=50)
+    rare.update(scores, positives)
+    aurocs = rare.auroc("doubt")
+    assert np.isnan(aurocs).any() and not np.isnan(rare.interval(aurocs)).any()
+
+    scores["doubt"][0, 5, 5] = NAN
+    with pytest.raises(MetricError, match=r"^1 of \d+ scores are NaN"):
+        PairedBootstrap().update(scores, positives)

@@ -1,5 +1,6 @@
 """The network, the ensemble's statistics, checkpoints and what is refused."""
 
+import math
 import os
 import pickle
 
@@ -10,17 +11,20 @@ import torchvision
 
 from metrics import MAX_STD
 from model import (
+    HEADS,
     AtrousConv2d,
     DeepLabV3,
     Ensemble,
     ModelError,
     build_backbone,
+    build_head,
     load_ensemble,
     load_model,
     load_weights,
     predictive_statistics,
     read_checkpoint,
     save_atomically,
+    upsample,
 )
 
 
@@ -142,6 +146,81 @@ def test_impossible_ensembles_are_refused():
         Ensemble([network], mc_samples=1)
 
 
+# ------------------------------------------------------------------------------ uncertainty heads
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_predicts_a_channel_a_measure(head):
+    network = DeepLabV3("resnet18", 5, ("std", "error"), head=head).eval()
+    images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    for size in (None, (20, 31)):
+        logits, uncertainty = network(images, size)
+        assert uncertainty.shape == (2, 2, *logits.shape[-2:])
+        assert uncertainty.dtype == torch.float32
+        assert 0 < uncertainty.min() and uncertainty.max() < 1
+
+
+def test_the_papers_head_is_a_convolution_and_a_sigmoid():
+    head = build_head("paper", 8, 2)
+    features = torch.randn(2, 8, 3, 4)
+    a = F.conv2d(features, head.weight, head.bias)
+    assert torch.equal(head(features, torch.zeros(2, 5, 12, 16)), upsample(a, (12, 16)).sigmoid())
+    assert list(head.state_dict()) == ["weight", "bias"]
+    assert head.bias.sigmoid().tolist() == pytest.approx([0.047] * 2, abs=1e-3)
+
+
+def test_the_confidence_head_equals_its_definition():
+    torch.manual_seed(0)
+    features = torch.randn(2, 8, 3, 4)
+    logits = 4 * torch.randn(2, 5, 12, 16)
+    logits[0, 0, 0] = 1000.0  # certain: 1 - max softmax is 0
+    logits[1, :, 0] = 0.0  # the entropy is log C
+    head = build_head("confidence", 8, 3)
+    torch.nn.init.normal_(head.from_confidence.weight)
+
+    p = logits.double().softmax(1)
+    entropy = torch.special.entr(p).sum(1) / math.log(5)
+    z = torch.stack([1 - p.amax(1), entropy], 1).clamp(1e-5, 1 - 1e-5)
+    z = (z / (1 - z)).log()
+    b = head.from_confidence.weight[:, :, 0, 0].double()  # [T, 2]
+    a = upsample(head.from_features(features), (12, 16)).double()
+    expected = (a + torch.einsum("tk,bkhw->bthw", b, z)).sigmoid()
+    # near 1e-5 the float32 of 1 - max softmax is good to half a percent
+    torch.testing.assert_close(head(features, logits).double(), expected, rtol=5e-3, atol=1e-6)
+
+
+def test_the_confidence_head_starts_near_the_networks_own_doubt():
+    head = build_head("confidence", 8, 1)
+    even = head(torch.zeros(1, 8, 3, 4), torch.zeros(1, 2, 12, 16))  # p = 1/2 each
+    assert even.mean().item() == pytest.approx(1 / (1 + math.exp(1.5 - 0.25 * 11.5)), abs=0.01)
+    assert [type(layer).__name__ for layer in head.from_features] == [
+        "Conv2d",
+        "GELU",
+        "Conv2d",
+        "GELU",
+        "Conv2d",
+    ]
+    assert len(build_head("confidence-1x1", 8, 1).from_features) == 1
+
+
+@pytest.mark.parametrize(
+    "head, reaches_the_features",
+    [
+        ("paper", True),
+        ("confidence", False),
+        ("confidence-1x1", False),
+        ("confidence-attached", True),
+    ],
+)
+def test_a_detached_head_does_not_change_the_network(head, reaches_the_features):
+    network = DeepLabV3("resnet18", 3, ("std",), head=head)
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    network(images).uncertainty.mean().backward()
+    assert (network.backbone.conv1.weight.grad is not None) == reaches_the_features
+    assert network.classifier[-1].weight.grad is None  # the log-odds are detached
+    assert all(parameter.grad is not None for parameter in network.uncertainty.parameters())
+
+
 # ------------------------------------------------------------------------------ checkpoints
 
 
@@ -187,6 +266,23 @@ def test_an_incomplete_or_mixed_ensemble_is_refused_by_name(tmp_path):
         load_ensemble([tmp_path])
     with pytest.raises(ModelError, match="no member_"):
         load_ensemble([tmp_path / "empty"])
+
+
+def test_a_checkpoint_says_which_head_it_has(tmp_path):
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    for head in HEADS:
+        network = DeepLabV3("resnet18", 3, ("std",), head=head).eval()
+        entries = config(measures=["std"], head=head)
+        if head == "paper":  # as older checkpoints are, which name no head
+            del entries["head"]
+        checkpoint = {"model": network.state_dict(), "config": entries, "args": {}}
+        save_atomically(tmp_path / "s.pt", checkpoint)
+        loaded = load_model(tmp_path / "s.pt")
+        assert torch.equal(loaded(images).uncertainty, network(images).uncertainty)
+    checkpoint["config"]["head"] = "new"
+    save_atomically(tmp_path / "s.pt", checkpoint)
+    with pytest.raises(ModelError, match="unknown uncertainty head 'new'; choose one of paper"):
+        load_model(tmp_path / "s.pt")
 
 
 class Malicious:

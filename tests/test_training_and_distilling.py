@@ -267,6 +267,107 @@ def test_images_without_labels_teach_the_uncertainty_and_leave_batch_norm_alone(
     assert parts[1]["rmsle"].item() == pytest.approx(both.sqrt().item(), rel=1e-4)
 
 
+def test_images_without_labels_count_as_much_as_their_weight():
+    torch.manual_seed(0)
+    teacher = Ensemble([DeepLabV3("resnet18", 3) for _ in range(2)])
+    student, labelled = DeepLabV3("resnet18", 3, ("std",)).eval(), batch_of(False)
+    unlabelled = labelled._replace(
+        images=255 - labelled.images, labels=torch.full_like(labelled.labels, VOID)
+    )
+    unlabelled.labels[:, :8] = IGNORED  # padding: 24 of 32 rows are left
+    both = Sample(*[torch.cat(pair) for pair in zip(labelled, unlabelled, strict=True)])
+    targets = targets_of(teacher)
+    squares = []
+    for batch, rows in ((labelled, slice(0, 32)), (unlabelled, slice(8, 32))):
+        u = student(batch.images).uncertainty[:, 0, rows]
+        wanted = targets.for_batch(batch).uncertainty[:, 0, rows]
+        squares.append((u.log1p() - wanted.log1p()).square().sum().item())
+    for weight in (0.0, 0.25, 1.0):
+        weights = distill.LossWeights(uncertainty=1.0, probs=0.0, unlabelled=weight)
+        _, logs = distill.distillation_loss(student, both, targets, weights, True)
+        pixels = 2 * 48 * (32 + weight * 24)
+        mean = (squares[0] + weight * squares[1]) / pixels
+        assert logs["rmsle"].item() == pytest.approx(math.sqrt(mean), rel=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_gradient_of_images_without_labels_ends_where_it_is_told(compiled):
+    if compiled and shutil.which("g++") is None:
+        pytest.skip("needs a C++ compiler")
+    torch.manual_seed(0)
+    teacher = Ensemble([DeepLabV3("resnet18", 3) for _ in range(2)])
+    student, labelled = DeepLabV3("resnet18", 3, ("std",)), batch_of(False)
+    for layer in student.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
+    # The labelled half has no pixel: every gradient is of the other half, or there is none.
+    labelled.labels[:] = IGNORED
+    unlabelled = labelled._replace(
+        images=255 - labelled.images, labels=torch.full_like(labelled.labels, VOID)
+    )
+    both = Sample(*[torch.cat(pair) for pair in zip(labelled, unlabelled, strict=True)])
+    weights = distill.LossWeights(uncertainty=1.0, probs=0.0)
+    reached = {}
+    network = student
+    if compiled:
+        network = torch.compile(student, dynamic=False, backend="aot_eager")
+    for depth in ("all", "decoder", "head"):
+        student.zero_grad()
+        loss, _ = distill.distillation_loss(
+            network, both, targets_of(teacher), weights, True, unlabelled_depth=depth
+        )
+        loss.backward()
+        reached[depth] = []
+        for name, part in student.named_children():
+            if any(p.grad is not None and p.grad.any() for p in part.parameters()):
+                reached[depth].append(name)
+        assert all(p.requires_grad for p in student.parameters())
+    assert reached == {
+        "all": ["backbone", "classifier", "uncertainty"],
+        "decoder": ["classifier", "uncertainty"],
+        "head": ["uncertainty"],
+    }
+
+
+def test_the_error_is_learned_from_the_students_own_mistakes():
+    torch.manual_seed(0)
+    teacher = Ensemble([DeepLabV3("resnet18", 3) for _ in range(2)])
+    student, batch = DeepLabV3("resnet18", 3, ("std", "error")).eval(), batch_of(False)
+    batch.labels[:] = torch.randint(0, 3, batch.labels.shape, dtype=torch.uint8)
+    batch.labels[:, :10] = VOID
+    batch.labels[:, 10:16] = IGNORED
+    targets = targets_of(teacher)
+    weights = distill.LossWeights(uncertainty=3.0, probs=0.0)
+    loss, logs = distill.distillation_loss(student, batch, targets, weights)
+
+    logits, uncertainty = student(batch.images)
+    wrong = (logits.argmax(1) != batch.labels)[:, 16:]
+    expected = F.binary_cross_entropy(uncertainty[:, 1, 16:], wrong.float())
+    assert logs["error"].item() == pytest.approx(expected.item(), rel=1e-5)
+    total = logs["ce"] + 3 * (logs["rmsle"] + logs["error"]) / 2
+    assert loss.item() == pytest.approx(total.item(), rel=1e-6)
+
+    # What the teacher says does not depend on it, and images without labels do not enter it.
+    assert targets.for_batch(batch).uncertainty.shape[1] == 1
+    other = batch._replace(images=255 - batch.images, labels=torch.full_like(batch.labels, VOID))
+    both = Sample(*[torch.cat(pair) for pair in zip(batch, other, strict=True)])
+    _, logs_of_both = distill.distillation_loss(student, both, targets, weights, True)
+    assert logs_of_both["error"].item() == pytest.approx(expected.item(), rel=1e-5)
+    nothing = torch.full_like(batch.labels, VOID)
+    assert distill.error_loss(uncertainty[:, 1], logits, nothing).item() == 0
+
+
+def test_a_certain_prediction_of_error_has_a_finite_loss():
+    logits = torch.tensor([[2.0, 0.0]])[:, :, None, None]
+    for probability in (0.0, 1.0):
+        for label in (0, 1):
+            predicted = torch.full((1, 1, 1), probability, requires_grad=True)
+            labels = torch.full((1, 1, 1), label, dtype=torch.uint8)
+            loss = distill.error_loss(predicted, logits, labels)
+            loss.backward()
+            assert loss.isfinite() and predicted.grad.isfinite().all()
+
+
 def test_batch_norm_learns_again_after_an_error_among_images_without_labels():
     student = DeepLabV3("resnet18", 3, ("std",))
     with pytest.raises(KeyError), distill.frozen_statistics(student):
@@ -565,6 +666,23 @@ def test_every_way_of_distilling_at_once(trained, command, tmp_path):
         code, _, err = command("distill", "--teacher", ckpts, "--device", "cpu", *more,
                                "--out", tmp_path / "t.pt")  # fmt: skip
         assert code == 2 and more[0] in err and err.count("\n") == 1
+
+
+def test_a_confidence_head_and_the_error_measure(trained, command, tmp_path):
+    ckpts, out = trained[1], tmp_path / "s.pt"
+    flags = ["--teacher", ckpts, "--device", "cpu", "--head", "confidence", "--views", 1,
+             "--targets", "error", "std", "entropy", "--epochs", 1, "--out", out]  # fmt: skip
+    code, text, _ = command("distill", *flags)
+    assert code == 0 and "error" in text and "val pearson" in text
+    config = read_checkpoint(out)["config"]
+    assert config["head"] == "confidence"
+    assert config["measures"] == ["std", "entropy", "error"]  # what is the teacher's comes first
+
+    more = ["--strong-views", "--unlabelled-depth", "decoder", "--unlabelled-weight", 0.3]
+    assert command("distill", *flags[:-1], tmp_path / "t.pt", *more)[0] == 0
+    code, _, err = command("distill", "--teacher", ckpts, "--device", "cpu", "--targets", "error",
+                           "--out", tmp_path / "u.pt")  # fmt: skip
+    assert code == 2 and "name a measure of the teacher too" in err and err.count("\n") == 1
 
 
 def test_mc_dropout_teaches(trained, command, tmp_path):
