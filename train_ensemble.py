@@ -1042,7 +1042,7 @@ def activation_bytes(build_model: Callable[[], nn.Module], flags: TrainingFlags)
     """Memory of all that one training step keeps for its backward pass, uncompiled.
 
     build_model() builds the network. Its pass runs on fake tensors, which have shapes but no
-    memory; compiled, a step keeps about two thirds.
+    memory. A compiled step keeps less; how much is not estimated.
     """
     storages = {}
     kept_tensors = []  # as long as they live, no two storages share an address
