@@ -3,6 +3,7 @@
     python evaluate.py --ood      # -> results/metrics.json, report.html, rejection.svg, panels/
     python evaluate.py --student ckpts/student.pt --teacher ckpts/ --ood pasted --benchmark
     python evaluate.py --student ckpts/student.pt --predict photos/     # maps of one's own pictures
+    python evaluate.py --predict photo.jpg --score msp entropy          # of these scores
 
 Everything is pooled over all labelled pixels of the split at their native size (metrics.py has the
 definitions); member 0, the teacher and the student see the same pixels in the same pass.
@@ -55,6 +56,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset
@@ -356,6 +358,14 @@ class SplitTracker:
             results[ERROR]["error_reliability"] = calibration["bins"]
         return results
 
+    def operating_points(self) -> dict[str, list[dict]]:
+        """`metrics.SelectivePrediction.operating_points` of each score."""
+        points = {}
+        for name, rejection in self.rejection.items():
+            _, selective = rejection.error_metrics()
+            points[name] = selective.operating_points()
+        return points
+
 
 def detection_results(detection: metrics.Detection) -> dict:
     """AUROC, AP, FPR95, and both curves thinned to what a plot can show; where there are any, the
@@ -447,7 +457,9 @@ class FidelityTracker:
 class SplitResults(NamedTuple):
     """What `evaluate_split` returns."""
 
-    results: dict  # the parts segmentation, uncertainty, classes and fidelity of metrics.json
+    # The parts segmentation, uncertainty, classes, confusion, operating_points, recommended and
+    # fidelity of metrics.json
+    results: dict
     comparison: dict  # of finding errors, as `compare_with_free` returns it; {} without a student
     accuracy: list[float]  # pixel accuracy of each image, by the network `Networks.main_name`
     # Of the images that show no held-out class: the negatives of image-level OOD detection.
@@ -508,6 +520,9 @@ def evaluate_split(
             bootstrap.update(compared_scores(outputs), wrong, valid)
 
     results = results_of_trackers(dataset.classes, trackers, confusions)
+    main_name = networks.main_name
+    results["operating_points"] = trackers[main_name].operating_points()
+    results["recommended"] = recommended_score(main_name, results["uncertainty"])
     results["fidelity"] = {}
     if fidelity is not None:
         results["fidelity"] = fidelity.compute(results["classes"])
@@ -525,14 +540,16 @@ def results_of_trackers(
     trackers: dict[str, SplitTracker],
     confusions: list[metrics.ConfusionMatrix],
 ) -> dict:
-    """The parts segmentation, uncertainty and classes of metrics.json.
+    """The parts segmentation, uncertainty, classes and confusion of metrics.json.
 
     classes: names of the classes; trackers: by network; confusions: one per member.
     """
     segmentation = {}
     uncertainty = {}
+    confusion = {}
     for name, tracker in trackers.items():
         segmentation[name] = tracker.segmentation_results()
+        confusion[name] = tracker.confusion.pixels_by_class()
         for score, results in tracker.score_results().items():
             uncertainty[f"{name}/{score}"] = results
     class_rows = class_results(classes, trackers, segmentation)
@@ -543,7 +560,31 @@ def results_of_trackers(
             "miou_mean": float(np.mean(mious)),
             "miou_std": float(np.std(mious, ddof=1)),
         }
-    return {"segmentation": segmentation, "uncertainty": uncertainty, "classes": class_rows}
+    return {
+        "segmentation": segmentation,
+        "uncertainty": uncertainty,
+        "classes": class_rows,
+        "confusion": confusion,
+    }
+
+
+def recommended_score(network: str, uncertainty: dict[str, dict]) -> dict[str, str]:
+    """Which score of a network to reject pixels by: the one with the lowest AURC.
+
+    uncertainty: that part of metrics.json. Of equal ones, as where nothing is wrong, and where no
+    AURC is defined, it is `msp`, which any network has. Keys: network, score, reason.
+    """
+    aurc = {}
+    for key, results in uncertainty.items():
+        key_network, _, score = key.partition("/")
+        if key_network == network and not math.isnan(results["aurc"]):
+            aurc[score] = results["aurc"]
+    if not aurc:
+        reason = "no pixel is labelled, so that no score is better than another"
+        return {"network": network, "score": "msp", "reason": reason}
+    best = min(aurc, key=lambda score: (aurc[score], score != "msp"))
+    reason = f"the lowest AURC, {three_digits(aurc[best])}, of its {len(aurc)} scores"
+    return {"network": network, "score": best, "reason": reason}
 
 
 def class_results(
@@ -987,7 +1028,80 @@ LARGE_IMAGE = 2**22  # pixels: more are not predicted in one piece, which holds 
 TILE = 1024  # pixels: the side of a tile
 CONTEXT = 128  # pixels: the margin around a tile that the network sees too
 
-Maps = tuple[np.ndarray, np.ndarray]  # classes uint8 [H, W], uncertainty float32 [H, W] in [0, 1]
+VIDEO_SUFFIXES = set(".3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .mts .webm .wmv".split())
+
+# Classes uint8 [H, W], and float32 [H, W] of each score, in the score's own unit.
+Maps = tuple[np.ndarray, dict[str, np.ndarray]]
+
+
+class MapScale(NamedTuple):
+    """What the whole numbers of a 16-bit map stand for: value = offset + u16 / 65535 * scale."""
+
+    offset: float  # 0 for a score that is never negative
+    scale: float
+
+    @property
+    def end(self) -> float:
+        """The largest value."""
+        return self.offset + self.scale
+
+    def shares(self, values: np.ndarray) -> np.ndarray:
+        """Where values lie on the scale, 0..1."""
+        return ((values - self.offset) / self.scale).clip(0, 1)
+
+
+@dataclass
+class ValueRange:
+    """The smallest and the largest value of the maps that were seen."""
+
+    lowest: float = math.inf
+    highest: float = -math.inf
+
+    def include(self, values: np.ndarray) -> None:
+        """See one more map."""
+        self.lowest = min(self.lowest, float(values.min()))
+        self.highest = max(self.highest, float(values.max()))
+
+    def scale(self) -> MapScale:
+        """The scale on which all maps fit; it begins at 0, or below where a value is negative."""
+        offset = min(self.lowest, 0.0)
+        if self.highest <= offset:  # all values are the same
+            return MapScale(offset, 1.0)
+        return MapScale(offset, self.highest - offset)
+
+
+def scores_of(networks: Networks) -> list[str]:
+    """The names of the scores of the network that --predict runs."""
+    if networks.main_name == "teacher":
+        return list(MEASURES)
+    return [student_score(measure) for measure in networks.measures] + list(FREE_SCORES)
+
+
+def choose_scores(named: list[str] | None, networks: Networks) -> list[str]:
+    """The scores whose maps --predict writes: those that --score names or, without it, `msp`, which
+    finds errors best of what is free, and the std. UsageError at a name that is none."""
+    valid = scores_of(networks)
+    if named is None:
+        named = ["msp", networks.shown_score(networks.main_name)]
+    for name in named:
+        if name not in valid:
+            raise UsageError(
+                f"--score {name}: the {networks.main_name} has no such score; "
+                f"choose of {', '.join(valid)}"
+            )
+    return list(dict.fromkeys(named))  # each once
+
+
+def trained_size(checkpoint: dict) -> tuple[int, int] | None:
+    """(H, W) of the images that a network was trained on; None: it saw crops of images at their own
+    size, or these whole."""
+    config = checkpoint["config"]
+    if config.get("image_size"):
+        height, width = config["image_size"]
+        return height, width
+    if config.get("dataset") == "synthetic":
+        return data.SYNTHETIC_SIZE
+    return None
 
 
 @torch.inference_mode()
@@ -996,35 +1110,113 @@ def predict_files(
     source: Path,
     out: Path,
     image_size: tuple[int, int] | None,
+    scores: Sequence[str],
     inference: InferenceSettings,
 ) -> None:
     """--predict: write the maps of one image, or of all images in a folder and its subfolders.
-    Files that are no images are skipped and counted."""
-    if not source.exists():
-        raise UsageError(f"--predict {source}: no such file or folder; check the path")
-    files = [source]
-    root = source.parent
-    if source.is_dir():
-        files = sorted(data.walk_files(source))
-        root = source
+
+    Files that are no images are skipped and counted; UsageError where there is no image at all.
+    All maps of a score share one scale, which is known when the last image was predicted. Until
+    then the maps lie on the disk, each on a scale of its own, so that memory does not grow with
+    the number of images. `finish_maps` brings them to one scale.
+    """
+    files, root = files_to_predict(source)
     names = map_names(files)
+    ranges = {score: ValueRange() for score in scores}
+    input_sizes = Counter()  # number of images by HxW of the network's input
+    output_paths = []
     skipped = []
-    out.mkdir(parents=True, exist_ok=True)
     with ImageProgress(len(files)) as progress:
         for path in files:
             try:
                 image = data.read_image(path)
-            except data.DataError:
-                skipped.append(path.name)
-            else:
-                classes, uncertainty = predict_maps(networks, image, image_size, inference)
-                output_path = out / names[path].relative_to(root)
-                save_maps(output_path, image, classes, uncertainty, networks.palette)
+            except data.DataError as error:
+                if path == source:  # the one file that was asked for
+                    raise
+                skipped.append((path, error))
+                progress.advance(1)
+                continue
+            classes, values = predict_maps(networks, image, image_size, scores, inference)
+            refuse_infinite_scores(path, values)
+            output_path = out / names[path].relative_to(root)
+            save_classes(output_path, image, classes, networks.palette)
+            for score in scores:
+                ranges[score].include(values[score])
+                save_unfinished_map(map_file(output_path, score), values[score])
+            height, width = data.proportional_size(image, image_size)
+            input_sizes[f"{height}x{width}"] += 1
+            output_paths.append(output_path)
             progress.advance(1)
-    summary = f"{len(files) - len(skipped)} images in {out}"
+    if not output_paths:
+        raise no_image(source, skipped)
+
+    scales = {score: value_range.scale() for score, value_range in ranges.items()}
+    finish_maps(output_paths, scales)
+    write_scales(out / "scales.json", networks.main_name, scales)
+    sizes = [f"{size} ({count})" for size, count in input_sizes.most_common(3)]
+    if len(input_sizes) > 3:
+        sizes.append("...")
+    summary = f"{len(output_paths)} images in {out}; network input {', '.join(sizes)}"
     if skipped:
-        summary += f"; {len(skipped)} skipped, not images: {', '.join(skipped[:5])}"
+        skipped_names = [path.name for path, _ in skipped[:5]]
+        summary += f"; {len(skipped)} skipped, not images: {', '.join(skipped_names)}"
     print(summary)
+    for score, scale in scales.items():
+        ends = f"{three_digits(scale.offset)} to {three_digits(scale.end)}"
+        print(f"  {score}: {ends} ({score_unit(score)})")
+
+
+def files_to_predict(source: Path) -> tuple[list[Path], Path]:
+    """The files that --predict names, and the folder that their maps' paths are relative to.
+    UsageError for what is not there, is a video or is a camera."""
+    if source.is_dir():
+        return sorted(data.walk_files(source)), source
+    is_address = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(source))  # rtsp://camera/1
+    is_number = str(source).isdecimal() and not source.exists()  # as OpenCV counts cameras
+    if is_address or is_number or source.is_char_device():
+        raise UsageError(
+            f"--predict {source}: it works on image files, not on a camera or an address; save "
+            "frames first: mkdir frames && ffmpeg -i SOURCE -vf fps=1 frames/%06d.png"
+        )
+    if not source.exists():
+        raise UsageError(f"--predict {source}: no such file or folder; check the path")
+    if source.suffix.lower() in VIDEO_SUFFIXES:
+        raise UsageError(
+            f"--predict {source}: it works on images, not on a video; extract the frames first: "
+            f"mkdir frames && ffmpeg -i {source} -vf fps=1 frames/%06d.png"
+        )
+    return [source], source.parent
+
+
+def refuse_infinite_scores(path: Path, values: dict[str, np.ndarray]) -> None:
+    """UsageError where a score of an image is infinite or no number."""
+    for score, score_map in values.items():
+        if not np.isfinite(score_map).all():
+            raise UsageError(
+                f"the score {score} of {path} is not finite; check the network's weights, or use "
+                "--amp off"
+            )
+
+
+def no_image(folder: Path, skipped: list[tuple[Path, Exception]]) -> UsageError:
+    """The error of a folder in which --predict found no image; skipped: files and their errors."""
+    for path, error in skipped:
+        if data.is_image(path):
+            return UsageError(
+                f"--predict {folder}: no image of {len(skipped)} files can be read; the first: "
+                f"{error}"
+            )
+    if skipped:
+        path = skipped[0][0]
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            return UsageError(
+                f"--predict {folder}: no image among its {len(skipped)} files, and {path.name} is "
+                f"a video; extract its frames first: ffmpeg -i {path} -vf fps=1 frames/%06d.png"
+            )
+        content = f"no image among its {len(skipped)} files, the first is {path.name}"
+    else:
+        content = "an empty folder"
+    return UsageError(f"--predict {folder}: {content}; name an image or a folder of images")
 
 
 def map_names(files: list[Path]) -> dict[Path, Path]:
@@ -1045,21 +1237,22 @@ def predict_maps(
     networks: Networks,
     image: Image.Image,
     image_size: tuple[int, int] | None,
+    scores: Sequence[str],
     inference: InferenceSettings,
 ) -> Maps:
-    """Classes and uncertainty of an image of any size, by the student or, without one, the teacher.
+    """Classes and scores of an image of any size, by the student or, without one, the teacher.
 
-    A large image is predicted in tiles that overlap; where image_size reduces the image anyway, a
-    smaller map is predicted and enlarged instead.
+    A large image is predicted in tiles that overlap; where image_size reduces the image anyway,
+    smaller maps are predicted and enlarged instead.
     """
     if networks.student is not None:
         networks = networks._replace(teacher=None)
     size = (image.height, image.width)
     if image.height * image.width <= LARGE_IMAGE:
-        return maps_at(networks, image, size, image_size, inference)
+        return maps_at(networks, image, size, image_size, scores, inference)
     if image_size:
-        return enlarged_maps(networks, image, image_size, inference)
-    return tiled_maps(networks, image, inference)
+        return enlarged_maps(networks, image, image_size, scores, inference)
+    return tiled_maps(networks, image, scores, inference)
 
 
 def maps_at(
@@ -1067,6 +1260,7 @@ def maps_at(
     image: Image.Image,
     size: tuple[int, int],
     image_size: tuple[int, int] | None,
+    scores: Sequence[str],
     inference: InferenceSettings,
 ) -> Maps:
     """The maps of an image at `size` (H, W) in one piece, from a `proportional_size` input."""
@@ -1074,31 +1268,36 @@ def maps_at(
     outputs = predict(networks, pixels[None].to(inference.device), size, inference.amp)
     output = outputs[networks.main_name]
     classes = model.predicted_class(output.probs)[0].to(torch.uint8)  # [H, W]
-    scale = MEASURES[networks.shown_measure].scale(len(networks.classes))
-    uncertainty = output.scores[networks.shown_score(networks.main_name)][0] / scale
-    return classes.cpu().numpy(), uncertainty.clamp(0, 1).cpu().numpy()
+    values = {score: output.scores[score][0].cpu().numpy() for score in scores}
+    return classes.cpu().numpy(), values
 
 
 def enlarged_maps(
     networks: Networks,
     image: Image.Image,
     image_size: tuple[int, int],
+    scores: Sequence[str],
     inference: InferenceSettings,
 ) -> Maps:
     """The maps of a large image, predicted at `LARGE_IMAGE` pixels and enlarged to its size."""
     factor = math.sqrt(LARGE_IMAGE / (image.height * image.width))
     size = (max(1, int(factor * image.height)), max(1, int(factor * image.width)))
-    classes, uncertainty = maps_at(networks, image, size, image_size, inference)
+    classes, values = maps_at(networks, image, size, image_size, scores, inference)
     classes = Image.fromarray(classes).resize(image.size, Image.Resampling.NEAREST)
-    uncertainty = Image.fromarray(uncertainty).resize(image.size, Image.Resampling.BILINEAR)
-    return np.asarray(classes), np.asarray(uncertainty)
+    enlarged = {}
+    for score, small in values.items():
+        large = Image.fromarray(small).resize(image.size, Image.Resampling.BILINEAR)
+        enlarged[score] = np.asarray(large)
+    return np.asarray(classes), enlarged
 
 
-def tiled_maps(networks: Networks, image: Image.Image, inference: InferenceSettings) -> Maps:
+def tiled_maps(
+    networks: Networks, image: Image.Image, scores: Sequence[str], inference: InferenceSettings
+) -> Maps:
     """The maps of a large image at its own size, tile by tile."""
     width, height = image.size
     classes = np.zeros((height, width), np.uint8)
-    uncertainty = np.zeros((height, width), np.float32)
+    values = {score: np.zeros((height, width), np.float32) for score in scores}
     for top, left in itertools.product(range(0, height, TILE), range(0, width, TILE)):
         # The network sees the tile and CONTEXT pixels around it, as far as the image goes.
         y0 = max(0, top - CONTEXT)
@@ -1106,36 +1305,105 @@ def tiled_maps(networks: Networks, image: Image.Image, inference: InferenceSetti
         y1 = min(height, top + TILE + CONTEXT)
         x1 = min(width, left + TILE + CONTEXT)
         part = image.crop((x0, y0, x1, y1))
-        part_classes, part_uncertainty = maps_at(
-            networks, part, (part.height, part.width), None, inference
-        )
+        size = (part.height, part.width)
+        part_classes, part_values = maps_at(networks, part, size, None, scores, inference)
         # Only the tile itself is kept.
         inside = (slice(top - y0, top - y0 + TILE), slice(left - x0, left - x0 + TILE))
         tile = (slice(top, top + TILE), slice(left, left + TILE))
         classes[tile] = part_classes[inside]
-        uncertainty[tile] = part_uncertainty[inside]
-    return classes, uncertainty
+        for score in scores:
+            values[score][tile] = part_values[score][inside]
+    return classes, values
 
 
-def save_maps(
-    path: Path,
-    image: Image.Image,
-    classes: np.ndarray,
-    uncertainty: np.ndarray,
-    palette: Sequence[RGB],
+def save_classes(
+    path: Path, image: Image.Image, classes: np.ndarray, palette: Sequence[RGB]
 ) -> None:
-    """Write <path>_classes.png (indexed), _overlay.png, _uncertainty.png (viridis, up to the
-    image's maximum) and _uncertainty16.png (uncertainty * 65535, 16-bit grey)."""
+    """Write <path>_classes.png (indexed, in the colours of the classes) and <path>_overlay.png."""
     path.parent.mkdir(parents=True, exist_ok=True)
     indexed = Image.fromarray(classes).convert("P")
     indexed.putpalette(np.array(palette, np.uint8).tobytes())
     indexed.save(f"{path}_classes.png")
     colours = Image.fromarray(colourise(classes, palette))
     Image.blend(image, colours, 0.5).save(f"{path}_overlay.png")
-    heat = viridis(uncertainty / max(uncertainty.max(), 1e-6))
-    Image.fromarray(heat).save(f"{path}_uncertainty.png")
-    grey = (uncertainty * 65535).round().astype(np.uint16)
-    Image.fromarray(grey).save(f"{path}_uncertainty16.png")
+
+
+def write_map(path: Path, values: np.ndarray, scale: MapScale, compress_level: int = 6) -> None:
+    """Write a score [H, W] as a PNG of 16-bit grey, u16 = (value - offset) / scale * 65535, which
+    tells offset and scale in its text; `scales.json` has them too."""
+    text = PngInfo()
+    text.add_text("offset", repr(scale.offset))
+    text.add_text("scale", repr(scale.scale))
+    grey = (65535 * scale.shares(values)).round().astype(np.uint16)
+    Image.fromarray(grey).save(path, pnginfo=text, compress_level=compress_level)
+
+
+def map_file(output_path: Path, score: str) -> Path:
+    """The 16-bit map of a score."""
+    return output_path.with_name(f"{output_path.name}_{score}16.png")
+
+
+def save_unfinished_map(path: Path, values: np.ndarray) -> None:
+    """Write a map on a scale of its own. It is written again, so it need not be small."""
+    value_range = ValueRange()
+    value_range.include(values)
+    write_map(path, values, value_range.scale(), compress_level=1)
+
+
+def finish_maps(output_paths: Sequence[Path], scales: dict[str, MapScale]) -> None:
+    """Bring all maps of a score to its scale, and draw them in colours with a scale bar."""
+    with ImageProgress(len(output_paths)) as progress:
+        for output_path in output_paths:
+            for score, scale in scales.items():
+                path = map_file(output_path, score)
+                values = read_map(path)
+                write_map(path, values, scale)
+                heat = with_scale_bar(viridis(scale.shares(values)), scale, score)
+                heat.save(f"{output_path}_{score}.png")
+            progress.advance(1)
+
+
+def read_map(path: Path) -> np.ndarray:
+    """The score, float32 [H, W], that `write_map` wrote."""
+    with Image.open(path) as image:
+        grey = np.asarray(image).astype(np.float32)
+        offset = float(image.text["offset"])
+        scale = float(image.text["scale"])
+    return offset + grey / 65535 * scale
+
+
+def write_scales(path: Path, network: str, scales: dict[str, MapScale]) -> None:
+    """Write scales.json: how the 16-bit maps of each score become values again."""
+    content = {"formula": "value = offset + u16 / 65535 * scale", "network": network, "scores": {}}
+    for score, scale in scales.items():
+        content["scores"][score] = scale._asdict() | {"unit": score_unit(score)}
+    model.save_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def with_scale_bar(pixels: np.ndarray, scale: MapScale, score: str) -> Image.Image:
+    """A map, uint8 [H, W, 3], above a bar with its colours, their values and the score's unit. The
+    picture is as wide as the map, at least 320 pixels."""
+    height, width = pixels.shape[:2]
+    sheet_width = max(width, 320)
+    text_height = max(13, sheet_width // 55)  # pixels: legible also where the picture is reduced
+    margin = text_height // 2
+    sheet_height = height + 3 * margin + 3 * text_height
+    sheet = Image.new("RGB", (sheet_width, sheet_height), "white")
+    sheet.paste(Image.fromarray(pixels), (0, 0))
+
+    bar_width = sheet_width - 2 * margin
+    ramp = viridis(np.tile(np.linspace(0, 1, bar_width), (text_height, 1)))
+    sheet.paste(Image.fromarray(ramp), (margin, height + margin))
+    draw = ImageDraw.Draw(sheet)
+    draw.font = ImageFont.load_default(text_height)
+    top = height + margin + text_height + margin // 2
+    right = margin + bar_width
+    draw.text((margin, top), three_digits(scale.offset), fill=INK)
+    draw.text((right, top), three_digits(scale.end), fill=INK, anchor="ra")
+    draw.text((sheet_width / 2, top), score.replace("_", " "), fill=INK, anchor="ma")
+    unit_top = top + text_height + margin // 2
+    draw.text((sheet_width / 2, unit_top), score_unit(score), fill=INK, anchor="ma")
+    return sheet
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -1153,11 +1421,34 @@ PANEL_SIDE = 360  # pixels: the longer side of a picture in a panel
 PANEL_MARGIN = 14  # pixels: around it
 PANEL_TITLE = 24  # pixels: from the top of a cell to its picture
 PANEL_COLUMNS = 5
+LEGEND_COLUMNS = 3  # the other two have a legend and a colour bar of their own
+COLOUR_BAR = 72  # pixels: the height of a colour bar with its texts
+SHOWN_REJECT = 0.1  # the operating point that is drawn
 LEGEND_ROW = 28  # pixels
-LEGEND_COLUMNS = 4
 INK = (60, 60, 60)
 FRAME = (200, 200, 200)
-OUTLINE = (213, 94, 0)  # of anomalies
+BLACK = (0, 0, 0)
+WHITE = (255, 255, 255)
+GREY = (140, 140, 140)  # void: no truth is known
+ORANGE = (213, 94, 0)  # outlines of anomalies, errors that were caught
+BLUE = (0, 114, 178)  # right pixels that were rejected
+
+# What the numbers of a score are; `dudes_<measure>` has the unit of its measure.
+SCORE_UNITS = {
+    "std": "std of the predicted class's probability",
+    "entropy": "entropy, nats",
+    "mutual_information": "mutual information, nats",
+    "msp": "1 - largest probability",
+    "max_logit": "-largest logit",
+    "energy": "energy: -log of the summed exp(logits)",
+    ERROR: "probability that the class is wrong",
+}
+
+
+def score_unit(score: str) -> str:
+    """What the numbers of a score are; its name where `SCORE_UNITS` does not have it."""
+    measure = "std" if score == "dudes" else score.removeprefix("dudes_")
+    return SCORE_UNITS.get(measure, score)
 
 
 def viridis(values) -> np.ndarray:
@@ -1195,12 +1486,28 @@ def choose_images(accuracy: list[float], count: int) -> list[tuple[str, int]]:
     return chosen
 
 
+def median_image(accuracy: list[float]) -> int | None:
+    """The index of the image in the middle by pixel accuracy; None where all are void."""
+    chosen = choose_images(accuracy, 3)
+    if not chosen:
+        return None
+    _, index = chosen[len(chosen) // 2]
+    return index
+
+
 class PanelRow(NamedTuple):
     """What one network predicts for an image."""
 
     name: str  # of the network
     prediction: np.ndarray  # classes [H, W]
     uncertainty: np.ndarray  # float32 [H, W]
+
+
+class ScoreMap(NamedTuple):
+    """A score of an image, by its name."""
+
+    score: str
+    values: np.ndarray  # float32 [H, W]
 
 
 @torch.inference_mode()
@@ -1211,9 +1518,11 @@ def draw_panels(
     folder: Path,
     inference: InferenceSettings,
     anomalies: bool = False,
+    best_free: str | None = None,
 ) -> list[tuple[str, Path]]:
     """Draw one PNG panel in `folder` for each (title, index) of `chosen`; returns (title, file) of
-    each. With `anomalies` the data set's labels are the masks of an OOD set."""
+    each. With `anomalies` the data set's labels are the masks of an OOD set, and best_free is the
+    "student/<score>" that finds its anomalies best of what is free."""
     panels = []
     for title, index in chosen:
         image, labels, _ = dataset[index]
@@ -1225,15 +1534,24 @@ def draw_panels(
             prediction = model.predicted_class(outputs[name].probs)[0].cpu().numpy()
             uncertainty = outputs[name].scores[networks.shown_score(name)][0].cpu().numpy()
             rows.append(PanelRow(name, prediction, uncertainty))
-        photo = Image.fromarray(image.permute(1, 2, 0).numpy())
-        height, width = labels.shape
-        photo = photo.resize((width, height), Image.BILINEAR)
-        sheet = draw_panel(photo, labels.numpy(), rows, networks, anomalies)
+        free = None
+        if best_free is not None:
+            values = scores_by_key(outputs)[best_free][0].cpu().numpy()
+            free = ScoreMap(best_free.partition("/")[2], values)
+        photo = photo_of(image, labels)
+        sheet = draw_panel(photo, labels.numpy(), rows, networks, anomalies, free)
         image_name = dataset.names[index]
         path = folder / f"{title.replace(' ', '_')}_{image_name}.png"
         sheet.save(path)
         panels.append((f"{title}: {image_name}", path))
     return panels
+
+
+def photo_of(image: Tensor, labels: Tensor) -> Image.Image:
+    """The network's input, uint8 [3, h, w], as a picture of the size of the labels [H, W]."""
+    height, width = labels.shape
+    photo = Image.fromarray(image.permute(1, 2, 0).numpy())
+    return photo.resize((width, height), Image.BILINEAR)
 
 
 def remove_old_panels(folder: Path, panels: list[tuple[str, Path]]) -> None:
@@ -1250,18 +1568,21 @@ def draw_panel(
     rows: list[PanelRow],
     networks: Networks,
     anomalies: bool,
+    free: ScoreMap | None = None,
 ) -> Image.Image:
     """The paper's five columns: image, ground truth, prediction, accuracy map, uncertainty.
 
     labels: [H, W], classes (254 and 255 are void) or, with `anomalies`, 0, 1 anomaly, 255 void.
-    One row per network; below the rows are a legend and a colour bar.
+    One row per network; below the rows are legends and a colour bar. Of anomalies the accuracy map
+    is the same for every network: in its second row stands `free`, if it is given.
     """
     palette = networks.palette
     class_maps = [row.prediction for row in rows]
     if not anomalies:
         class_maps.append(labels)
     legend = classes_seen(class_maps, networks.classes)
-    sheet = PanelSheet(photo, len(rows), len(legend))
+    with_free = free is not None and len(rows) > 1
+    sheet = PanelSheet(photo, len(rows), PANEL_COLUMNS, legend_heights(legend, with_free))
 
     sheet.put(0, 0, "image", np.asarray(photo), smooth=True)
     if anomalies:
@@ -1273,19 +1594,38 @@ def draw_panel(
         highest = max(highest, float(np.nanmax(row.uncertainty)))
     for number, row in enumerate(rows):
         sheet.put(number, 2, f"{row.name}: prediction", colourise(row.prediction, palette))
-        if anomalies:
-            sheet.put(number, 3, "white: anomaly or void", labels != 0)
-        else:  # void differs from every class
-            sheet.put(number, 3, "white: wrong or void", labels != row.prediction)
+        if not anomalies:
+            wrong = labels != row.prediction
+            marked = marked_map(wrong, void=labels >= data.IGNORED)
+            sheet.put(number, 3, f"{row.name}: accuracy", marked)
+        elif number == 0 or not with_free:
+            sheet.put(number, 3, "truth", marked_map(labels == 1, void=labels > 1))
         heat = viridis(row.uncertainty / highest)
         sheet.put(number, 4, f"{row.name}: uncertainty", heat, smooth=True)
 
     sheet.draw_legend(legend, palette)
-    measure = networks.shown_measure.replace("_", " ")
-    if networks.shown_measure == "std":
-        measure = "std of predicted class's prob."
-    sheet.draw_colour_bar(f"{highest:.3g}", measure)
+    marks = [(WHITE, "wrong"), (BLACK, "right"), (GREY, "void")]
+    if anomalies:
+        marks = [(WHITE, "anomaly"), (BLACK, "no anomaly"), (GREY, "void")]
+    sheet.draw_marks(3, marks)
+    unit = score_unit(networks.shown_measure)
+    sheet.draw_colour_bar(4, 0, MapScale(0.0, highest), unit)
+    if with_free:
+        values = np.nan_to_num(free.values)
+        lowest = float(values.min())
+        scale = MapScale(lowest, max(float(values.max()) - lowest, 1e-6))
+        name = free.score.replace("_", " ")
+        sheet.put(1, 3, f"student: {name}, free", viridis(scale.shares(values)), smooth=True)
+        sheet.draw_colour_bar(3, len(marks), scale, score_unit(free.score))
     return sheet.image
+
+
+def marked_map(marked: np.ndarray, void: np.ndarray) -> np.ndarray:
+    """Marked pixels white, the others black, void ones grey: uint8 [H, W, 3]; both bool [H, W]."""
+    pixels = np.zeros((*marked.shape, 3), np.uint8)
+    pixels[marked] = WHITE
+    pixels[void] = GREY
+    return pixels
 
 
 def classes_seen(class_maps: list[np.ndarray], classes: Sequence[str]) -> list[tuple[int, str]]:
@@ -1297,17 +1637,26 @@ def classes_seen(class_maps: list[np.ndarray], classes: Sequence[str]) -> list[t
     return seen
 
 
+def legend_heights(legend: list[tuple[int, str]], with_free: bool) -> int:
+    """The pixels that a panel needs below its pictures; with_free: for a second colour bar."""
+    classes = LEGEND_ROW * math.ceil(len(legend) / LEGEND_COLUMNS)
+    marks = 3 * LEGEND_ROW
+    if with_free:
+        marks += COLOUR_BAR
+    return max(classes, marks, COLOUR_BAR)
+
+
 def outlined(photo: Image.Image, anomaly: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The photo at `size` (width, height) with a line around the anomalies, bool [H, W]."""
     mask = Image.fromarray(255 * anomaly.astype(np.uint8)).resize(size)
     edge = np.asarray(mask.filter(ImageFilter.MaxFilter(7))) > np.asarray(mask)
-    return np.where(edge[..., None], OUTLINE, np.asarray(photo.resize(size))).astype(np.uint8)
+    return np.where(edge[..., None], ORANGE, np.asarray(photo.resize(size))).astype(np.uint8)
 
 
 class PanelSheet:
-    """A white sheet with cells for titled pictures, and a strip for legend and colour bar."""
+    """A white sheet with cells for titled pictures, and a strip for legends and colour bars."""
 
-    def __init__(self, photo: Image.Image, rows: int, legend_entries: int):
+    def __init__(self, photo: Image.Image, rows: int, columns: int, strip_height: int):
         longer_side = max(photo.size)
         width = max(1, round(photo.width * PANEL_SIDE / longer_side))
         height = max(1, round(photo.height * PANEL_SIDE / longer_side))
@@ -1315,21 +1664,24 @@ class PanelSheet:
         self.cell_width = max(width, 260) + PANEL_MARGIN
         self.cell_height = height + 40
         self.strip_top = PANEL_MARGIN + self.cell_height * rows
-        legend_height = LEGEND_ROW * math.ceil(legend_entries / LEGEND_COLUMNS)
-        bottom = self.strip_top + max(80, legend_height + PANEL_MARGIN)
-        right = PANEL_MARGIN + PANEL_COLUMNS * self.cell_width
+        bottom = self.strip_top + strip_height + PANEL_MARGIN
+        right = PANEL_MARGIN + columns * self.cell_width
         self.image = Image.new("RGB", (right, bottom), "white")
         self.draw = ImageDraw.Draw(self.image)
         self.draw.font = ImageFont.load_default(19)
 
+    def left_of(self, column: int) -> int:
+        """The left edge of a column, in pixels."""
+        return PANEL_MARGIN + column * self.cell_width
+
     def put(
         self, row: int, column: int, title: str, pixels: np.ndarray, smooth: bool = False
     ) -> None:
-        """Draw a picture, uint8 [H, W, 3] or bool [H, W], with its title in a cell.
+        """Draw a picture, uint8 [H, W, 3], with its title in a cell.
 
         smooth: blend pixels when the picture is resized, as class colours must not be.
         """
-        x = PANEL_MARGIN + column * self.cell_width
+        x = self.left_of(column)
         y = PANEL_MARGIN + row * self.cell_height
         method = Image.BILINEAR if smooth else Image.NEAREST
         picture = Image.fromarray(pixels).resize(self.picture_size, method)
@@ -1340,24 +1692,121 @@ class PanelSheet:
         self.draw.rectangle(frame, outline=FRAME)
 
     def draw_legend(self, legend: list[tuple[int, str]], palette: Sequence[RGB]) -> None:
-        """Draw the colour and name of each class, (number, name), below the first four columns."""
+        """Draw the colour and name of each class, (number, name), below the first columns."""
         for i, (number, name) in enumerate(legend):
-            x = PANEL_MARGIN + i % LEGEND_COLUMNS * self.cell_width
-            y = self.strip_top + LEGEND_ROW * (i // LEGEND_COLUMNS)
             colour = tuple(colourise(number, palette).tolist())
-            self.draw.rectangle((x, y, x + 19, y + 19), fill=colour)
-            self.draw.text((x + 28, y), name, fill=INK)
+            self.draw_mark(i % LEGEND_COLUMNS, i // LEGEND_COLUMNS, colour, name)
 
-    def draw_colour_bar(self, highest: str, measure: str) -> None:
-        """Draw the colours of the uncertainty from 0 to `highest` below the last column."""
-        left = PANEL_MARGIN + 4 * self.cell_width
-        right = 5 * self.cell_width
-        top = self.strip_top
+    def draw_marks(self, column: int, marks: list[tuple[RGB, str]]) -> None:
+        """Draw colours and what they mean below one column."""
+        for row, (colour, name) in enumerate(marks):
+            self.draw_mark(column, row, colour, name)
+
+    def draw_mark(self, column: int, row: int, colour: RGB, name: str) -> None:
+        """Draw one entry of a legend in a row of the strip."""
+        x = self.left_of(column)
+        y = self.strip_top + LEGEND_ROW * row
+        self.draw.rectangle((x, y, x + 19, y + 19), fill=colour, outline=FRAME)
+        self.draw.text((x + 28, y), name, fill=INK)
+
+    def draw_colour_bar(self, column: int, row: int, scale: MapScale, unit: str) -> None:
+        """Draw the colours of a scale, its ends and its unit below a column, from a row of the
+        strip on."""
+        left = self.left_of(column)
+        right = left + self.cell_width - PANEL_MARGIN
+        top = self.strip_top + LEGEND_ROW * row
         ramp = viridis(np.tile(np.linspace(0, 1, right - left), (20, 1)))
         self.image.paste(Image.fromarray(ramp), (left, top))
-        self.draw.text((left, top + 24), "0", fill=INK)
-        self.draw.text((right, top + 24), highest, fill=INK, anchor="ra")
-        self.draw.text(((left + right) / 2, top + 46), measure, INK, anchor="ma")
+        self.draw.text((left, top + 24), three_digits(scale.offset), fill=INK)
+        self.draw.text((right, top + 24), three_digits(scale.end), fill=INK, anchor="ra")
+        font = ImageFont.load_default(15)
+        self.draw.text(((left + right) / 2, top + 48), unit, INK, font, anchor="ma")
+
+
+class Rejection(NamedTuple):
+    """A score, and the threshold above which its pixels are rejected."""
+
+    network: str
+    score: str
+    threshold: float
+    asked: float  # the share of all pixels that it rejects, as it was asked for
+
+
+def chosen_rejection(results: dict) -> Rejection | None:
+    """The operating point "reject 10 %" of the recommended score; None where it has no threshold.
+    results: the content of metrics.json."""
+    network = results["recommended"]["network"]
+    score = results["recommended"]["score"]
+    for point in results["operating_points"].get(score, []):
+        if point["reject"] == SHOWN_REJECT and point["threshold"] is not None:
+            return Rejection(network, score, point["threshold"], point["reject"])
+    return None
+
+
+@torch.inference_mode()
+def draw_rejection(
+    networks: Networks,
+    dataset: Dataset,
+    index: int,
+    rejection: Rejection,
+    inference: InferenceSettings,
+) -> tuple[str, Image.Image]:
+    """What rejecting means in one image: the picture, and its caption.
+
+    Three columns: the image, the prediction with the rejected pixels hatched, and which pixels
+    are right, wrong, rejected or not.
+    """
+    image, labels, _ = dataset[index]
+    outputs = predict(networks, image[None].to(inference.device), labels.shape, inference.amp)
+    output = outputs[rejection.network]
+    prediction = model.predicted_class(output.probs)[0].cpu().numpy()  # [H, W]
+    score = output.scores[rejection.score][0].half().float()
+    rejected = score.cpu().numpy() > rejection.threshold  # [H, W]
+    labels = labels.numpy()
+    wrong = prediction != labels
+
+    photo = photo_of(image, torch.from_numpy(labels))
+    legend = classes_seen([prediction], networks.classes)
+    strip_height = max(5, math.ceil(len(legend) / 2)) * LEGEND_ROW
+    sheet = PanelSheet(photo, 1, 3, strip_height)
+    sheet.put(0, 0, "image", np.asarray(photo), smooth=True)
+    colours = hatched(colourise(prediction, networks.palette), rejected, sheet.picture_size)
+    sheet.put(0, 1, "prediction, rejected hatched", colours)
+    decisions = np.zeros((*labels.shape, 3), np.uint8)
+    decisions[wrong & ~rejected] = WHITE
+    decisions[wrong & rejected] = ORANGE
+    decisions[~wrong & rejected] = BLUE
+    decisions[labels >= data.IGNORED] = GREY
+    sheet.put(0, 2, "what is rejected", decisions)
+    for i, (number, name) in enumerate(legend):
+        colour = tuple(colourise(number, networks.palette).tolist())
+        sheet.draw_mark(i % 2, i // 2, colour, name)
+    marks = [
+        (ORANGE, "wrong, rejected"),
+        (WHITE, "wrong, kept"),
+        (BLUE, "right, rejected"),
+        (BLACK, "right, kept"),
+        (GREY, "void"),
+    ]
+    sheet.draw_marks(2, marks)
+    name = rejection.score.replace("_", " ")
+    caption = (
+        f"Reject {100 * rejection.asked:.0f} %: {dataset.names[index]}, pixels with {name} above "
+        f"{three_digits(rejection.threshold)}, {100 * rejected.mean():.1f} % of this image"
+    )
+    return caption, sheet.image
+
+
+def hatched(pixels: np.ndarray, rejected: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A picture [H, W, 3] at `size` (width, height) with diagonal lines over the rejected pixels,
+    bool [H, W]: uint8."""
+    large = np.asarray(Image.fromarray(pixels).resize(size, Image.NEAREST)).copy()
+    mask = np.asarray(Image.fromarray(rejected).resize(size, Image.NEAREST))
+    width, height = size
+    diagonal = np.add.outer(np.arange(height), np.arange(width)) % 8
+    large[mask & (diagonal < 4)] = WHITE
+    large[mask & (diagonal == 4)] = BLACK  # an edge, so that white classes show it too
+    return large
 
 
 # ------------------------------------------------------------------------------------------- charts
@@ -1381,6 +1830,7 @@ class Series(NamedTuple):
     ys: Sequence[float]  # NaN breaks the line
     colour: int  # index into COLOURS
     dash: int  # index into DASHES
+    pale_from: int | None = None  # the point from which on it is drawn pale; None: nowhere
 
 
 class Chart(NamedTuple):
@@ -1445,10 +1895,24 @@ class Axes:
         return Series("y = x", (low, high), (low, high), colour=3, dash=2)
 
     def path(self, curve: Series) -> str:
-        """The curve as the "d" of an SVG path."""
+        """The curve as the "d" of an SVG path, up to where it is pale."""
+        end = len(curve.xs)
+        if curve.pale_from is not None:
+            end = curve.pale_from
+        return self.path_of_points(curve.xs[:end], curve.ys[:end])
+
+    def pale_path(self, curve: Series) -> str:
+        """The rest of the curve, from its last point before; "" where there is none."""
+        if curve.pale_from is None:
+            return ""
+        start = max(0, curve.pale_from - 1)
+        return self.path_of_points(curve.xs[start:], curve.ys[start:])
+
+    def path_of_points(self, xs: Sequence[float], ys: Sequence[float]) -> str:
+        """Points as the "d" of an SVG path."""
         path = ""
         joined = False
-        for x, y in zip(curve.xs, curve.ys, strict=True):
+        for x, y in zip(xs, ys, strict=True):
             known = math.isfinite(x + y)
             if known:
                 command = "L" if joined else "M"
@@ -1499,6 +1963,9 @@ def line_chart(
             'stroke-width="2" stroke-linecap="round" stroke-linejoin="round"'
         )
         parts.append(f'<path d="{axes.path(curve)}" {line}/>')
+        pale = axes.pale_path(curve)
+        if pale:
+            parts.append(f'<path d="{pale}" {line} stroke-opacity="0.3"/>')
         # the legend, two entries per row
         x = i % 2 * CHART_WIDTH / 2
         y = BOTTOM + 57 + 18 * (i // 2)
@@ -1512,6 +1979,67 @@ def line_chart(
         'font-family="system-ui,sans-serif" font-size="11">'
     )
     return Chart(f"{head}<title>{html.escape(title)}</title>{''.join(parts)}</svg>", height)
+
+
+def learning_charts(logs: dict[str, list[dict]]) -> list[Chart]:
+    """Loss and validation mIoU by epoch. logs: by the name of a network, the lines of its .jsonl;
+    an epoch after which nothing was validated has no mIoU."""
+    charts = []
+    for key, title in (("loss", "Training loss"), ("miou", "Validation mIoU")):
+        series = []
+        for number, (name, entries) in enumerate(logs.items()):
+            known = [entry for entry in entries if entry.get(key) is not None]
+            epochs = [entry["epoch"] for entry in known]
+            values = [entry[key] for entry in known]
+            colour = number % len(COLOURS)
+            dash = number // len(COLOURS) % len(DASHES)
+            series.append(Series(name, epochs, values, colour, dash))
+        charts.append(line_chart(title, series, "epoch", key, Limits(y0=0)))
+    return charts
+
+
+CELL = 26  # pixels: the side of a cell of a confusion matrix
+CELL_LABELS = 118  # pixels: beside and above the cells
+
+
+def confusion_chart(matrix: list[list[int]], classes: Sequence[str]) -> Chart:
+    """A confusion matrix as SVG: a row per true class, a column per predicted one, both in the
+    order of the classes. A cell tells which part of the true class it is, in %, from 0.5 % on."""
+    parts = [
+        svg_text(0, 14, "Confusion, % of each true class", weight="bold"),
+        svg_text(0, CELL_LABELS - 8, "truth \N{DOWNWARDS ARROW}  predicted \N{RIGHTWARDS ARROW}"),
+    ]
+    for number, name in enumerate(classes):
+        label = name if len(name) <= 16 else f"{name[:15]}…"
+        middle = CELL_LABELS + CELL * number + CELL / 2
+        parts.append(svg_text(CELL_LABELS - 6, middle + 4, label, "end"))
+        parts.append(
+            f'<text transform="translate({middle + 4} {CELL_LABELS - 6}) rotate(-90)" '
+            f'fill="currentColor">{html.escape(label)}</text>'
+        )
+    for row, counts in enumerate(matrix):
+        pixels = sum(counts)
+        for column, count in enumerate(counts):
+            share = count / pixels if pixels else 0.0
+            x = CELL_LABELS + CELL * column
+            y = CELL_LABELS + CELL * row
+            parts.append(
+                f'<rect x="{x}" y="{y}" width="{CELL}" height="{CELL}" fill="{COLOURS[0]}" '
+                f'fill-opacity="{share:.3f}" stroke="#8885"/>'
+            )
+            if share >= 0.005:
+                colour = "#fff" if share > 0.5 else "currentColor"
+                parts.append(
+                    f'<text x="{x + CELL / 2}" y="{y + CELL / 2 + 4}" text-anchor="middle" '
+                    f'fill="{colour}">{100 * share:.0f}</text>'
+                )
+    side = CELL_LABELS + CELL * len(classes) + 1
+    head = (
+        '<svg xmlns="http://www.w3.org/2000/svg" role="img" fill="none" '
+        f'viewBox="0 0 {side} {side}" style="width:{side}px" '
+        'font-family="system-ui,sans-serif" font-size="11">'
+    )
+    return Chart(f"{head}<title>Confusion matrix</title>{''.join(parts)}</svg>", side)
 
 
 def chart_sheet(charts: Sequence[Chart]) -> str:
@@ -1533,39 +2061,42 @@ def chart_sheet(charts: Sequence[Chart]) -> str:
 
 
 class Column(NamedTuple):
-    """How a number of metrics.json is printed."""
+    """How a number of metrics.json is printed, with three digits."""
 
     heading: str  # with an arrow to the better side
     factor: float
-    digits: int
 
 
 COLUMNS = {  # by the key in metrics.json
-    "miou": Column("mIoU % ↑", 100, 2),
-    "pixel_accuracy": Column("pixel acc. % ↑", 100, 2),
-    "nll": Column("NLL ↓", 1, 4),
-    "brier": Column("Brier ↓", 1, 4),
-    "ece": Column("ECE % ↓", 100, 2),
-    "error_ece": Column("ECE % ↓", 100, 2),
-    "auroc": Column("AUROC % ↑", 100, 2),
-    "ap": Column("AP % ↑", 100, 2),
-    "fpr95": Column("FPR95 % ↓", 100, 2),
-    "component_f1": Column("comp. F1 % ↑", 100, 2),
-    "image_auroc_p99": Column("image AUROC ↑", 100, 2),
-    "aurc": Column("AURC ↓", 1, 4),
-    "ause": Column("AUSE ↓", 1, 4),
-    "rmse": Column("RMSE ↓", 1, 4),
-    "rmsle": Column("RMSLE ↓", 1, 4),
-    "pearson": Column("Pearson ↑", 1, 3),
-    "spearman": Column("Spearman ↑", 1, 3),
-    "class_error": Column("class error ↓", 1, 4),
-    "parameters": Column("parameters, M", 1e-6, 2),
-    "ms_per_image": Column("ms / image ↓", 1, 1),
-    "images_per_second": Column("images / s ↑", 1, 2),
-    "compiled_ms_per_image": Column("compiled, ms ↓", 1, 1),
-    "peak_memory_mb": Column("memory, MB ↓", 1, 0),
-    "iou": Column("IoU %", 100, 1),
-    "uncertainty": Column("uncertainty", 1, 4),
+    "miou": Column("mIoU % ↑", 100),
+    "pixel_accuracy": Column("pixel acc. % ↑", 100),
+    "nll": Column("NLL ↓", 1),
+    "brier": Column("Brier ↓", 1),
+    "ece": Column("ECE % ↓", 100),
+    "error_ece": Column("ECE % ↓", 100),
+    "auroc": Column("AUROC % ↑", 100),
+    "ap": Column("AP % ↑", 100),
+    "fpr95": Column("FPR95 % ↓", 100),
+    "component_f1": Column("comp. F1 % ↑", 100),
+    "image_auroc_p99": Column("image AUROC ↑", 100),
+    "aurc": Column("AURC ↓", 1),
+    "ause": Column("AUSE ↓", 1),
+    "threshold": Column("score above", 1),
+    "rejected": Column("pixels %", 100),
+    "errors_caught": Column("errors %", 100),
+    "accuracy_kept": Column("rest right %", 100),
+    "rmse": Column("RMSE ↓", 1),
+    "rmsle": Column("RMSLE ↓", 1),
+    "pearson": Column("Pearson ↑", 1),
+    "spearman": Column("Spearman ↑", 1),
+    "class_error": Column("class error ↓", 1),
+    "parameters": Column("parameters, M", 1e-6),
+    "ms_per_image": Column("ms / image ↓", 1),
+    "images_per_second": Column("images / s ↑", 1),
+    "compiled_ms_per_image": Column("compiled, ms ↓", 1),
+    "peak_memory_mb": Column("memory, MB ↓", 1),
+    "iou": Column("IoU %", 100),
+    "uncertainty": Column("uncertainty", 1),
 }
 NETWORKS = ("student", "teacher", "member")  # in the order of COLOURS, in every chart
 
@@ -1578,16 +2109,28 @@ class Section(NamedTuple):
     explanation: str  # how to read it, plain text
     headings: Sequence[str] = ()  # of the table's columns
     rows: Sequence[list[str]] = ()
+    groups: Sequence[str] = ()  # the network of each row, where a network has several
+    best: frozenset[tuple[int, int]] = frozenset()  # (row, column) of the cells in bold
+
+
+def three_digits(value: float, sign: str = "") -> str:
+    """A number with three digits that count, whole from 100 on; sign: "+" to show that of positive
+    numbers too."""
+    if not math.isfinite(value):
+        return "–"
+    exponent = int(f"{value:.2e}".partition("e")[2])  # of the rounded number
+    if value != 0 and exponent < -4:
+        return f"{value:{sign}.2e}"
+    return f"{value:{sign},.{max(0, 2 - exponent)}f}"
 
 
 def number_text(results: dict, key: str) -> str:
     """A number as text, mean ± standard deviation where it has those, a dash if it is unknown."""
-    column = COLUMNS[key]
     numbers = []
     for ending in ("", "_mean", "_std"):
         value = results.get(key + ending)
         if value is not None:
-            numbers.append(f"{value * column.factor:,.{column.digits}f}")
+            numbers.append(three_digits(COLUMNS[key].factor * value))
     if not numbers:
         return "–"
     return " ± ".join(numbers)
@@ -1616,15 +2159,83 @@ def table_section(
     results: dict[str, dict],
     columns: Sequence[str],
 ) -> Section:
-    """A section with a table: the named `COLUMNS`, one row per network or score of `results`."""
+    """A section with a table: the named `COLUMNS`, one row per network or score of `results`. Where
+    the rows are scores, they are grouped by network."""
     headings = [""]
     for column in columns:
         headings.append(COLUMNS[column].heading)
     rows = []
+    groups = []
+    values = []
     for network, score, row_results in in_order(results):
-        label = f"{network} {score}".replace("_", " ")
+        label = f"{network} {score}".replace("_", " ").strip()
         rows.append([label, *(number_text(row_results, column) for column in columns)])
-    return Section(key, heading, explanation, headings, rows)
+        groups.append(network if score else "")
+        values.append([row_results.get(column) for column in columns])
+    best = best_cells(columns, rows, groups, values)
+    if not any(groups):
+        groups = []
+    return Section(key, heading, explanation, headings, rows, groups, best)
+
+
+def best_cells(
+    columns: Sequence[str],
+    rows: list[list[str]],
+    groups: list[str],
+    values: list[list[float | None]],
+) -> frozenset[tuple[int, int]]:
+    """The cells of a table that show the best number of their column in their group, where it has
+    several. values: the number of each cell but the label's; None where it is unknown."""
+    best = set()
+    for column, key in enumerate(columns):
+        heading = COLUMNS[key].heading
+        if not heading.endswith(("↑", "↓")):  # neither side is better
+            continue
+        for group in set(groups):
+            known = []
+            for row, row_values in enumerate(values):
+                if groups[row] == group and row_values[column] is not None:
+                    known.append(row)
+            if len(known) < 2:
+                continue
+            choose = max if heading.endswith("↑") else min
+            best_row = choose(known, key=lambda row: values[row][column])
+            for row in known:  # those that look the same are as good
+                if rows[row][column + 1] == rows[best_row][column + 1]:
+                    best.add((row, column + 1))
+    return frozenset(best)
+
+
+def operating_section(results: dict) -> Section:
+    """What rejecting the most uncertain pixels buys, at each threshold of the recommended score."""
+    columns = ["threshold", "rejected", "errors_caught", "accuracy_kept"]
+    network = results["recommended"]["network"]
+    score = results["recommended"]["score"]
+    explanation = (
+        f"To reject uncertain pixels, use {network} {score.replace('_', ' ')}: "
+        f"{results['recommended']['reason']}. "
+    )
+    rows = []
+    for point in results["operating_points"].get(score, []):
+        label = f"reject {100 * point['reject']:.0f} %"
+        rows.append([label, *(number_text(point, column) for column in columns)])
+        if point["reject"] == SHOWN_REJECT:
+            explanation += operating_sentence(point)
+    explanation += (
+        " The thresholds were chosen on these very images; a score counts rounded to float16, and "
+        "equal scores are rejected together. metrics.json has those of every score."
+    )
+    headings = ["", *(COLUMNS[column].heading for column in columns)]
+    return Section("operating_points", "What a number means", explanation, headings, rows)
+
+
+def operating_sentence(point: dict) -> str:
+    """An operating point in words."""
+    return (
+        f"Above {number_text(point, 'threshold')} lie {number_text(point, 'rejected')} % of the "
+        f"pixels and {number_text(point, 'errors_caught')} % of the errors; what is left is right "
+        f"at {number_text(point, 'accuracy_kept')} %."
+    )
 
 
 def class_section(classes: list[dict]) -> Section:
@@ -1663,6 +2274,8 @@ def comparison_section(comparison: dict) -> Section:
     )
     headings = [""]
     rows = []
+    groups = []
+    best = set()
     if comparison:
         tasks = compared_tasks(comparison)
         headings += [task.heading for task in tasks]
@@ -1671,13 +2284,18 @@ def comparison_section(comparison: dict) -> Section:
             name = task.comparison["best_free"].removeprefix("student/")
             best_free.append(name.replace("_", " "))
         rows.append(best_free)
+        groups.append("")
         for network, score, _ in in_order(tasks[0].comparison["scores"]):
             row = [f"{network} {score}".replace("_", " ")]
-            for task in tasks:
+            for column, task in enumerate(tasks, start=1):
                 gain = task.comparison["scores"][f"{network}/{score}"]
                 row.append(gain_text(gain, task.figure))
+                if gain["worth_more"] == "yes":
+                    best.add((len(rows), column))
             rows.append(row)
-    return Section("comparison", "Worth more than free?", explanation, headings, rows)
+            groups.append(network)
+    heading = "Worth more than free?"
+    return Section("comparison", heading, explanation, headings, rows, groups, frozenset(best))
 
 
 def compared_tasks(comparison: dict) -> list[ComparedTask]:
@@ -1697,8 +2315,7 @@ def gain_text(gain: dict, figure: str) -> str:
         return "–"
     if gain["worth_more"] == "undecided":
         return "undecided"
-    column = COLUMNS[figure]
-    return f"{gain['worth_more']} {column.factor * gain['gain']:+.{column.digits}f}"
+    return f"{gain['worth_more']} {three_digits(COLUMNS[figure].factor * gain['gain'], '+')}"
 
 
 def protocol_section(protocol: dict) -> Section:
@@ -1718,17 +2335,19 @@ def sections(results: dict) -> list[Section]:
         table_section(
             "segmentation",
             "Segmentation",
-            "Arrows point to the better side.",
+            "Arrows point to the better side; the best is bold.",
             results["segmentation"],
             ["miou", "pixel_accuracy", "nll", "brier", "ece"],
         ),
         table_section(
             "uncertainty",
             "Finding errors",
-            "Positive is a wrong pixel; each network is asked for its own errors.",
+            "Positive is a wrong pixel; each network is asked for its own errors. The best of each "
+            "network is bold.",
             results["uncertainty"],
             [*detection_columns, "aurc", "ause"],
         ),
+        operating_section(results),
     ]
     for name, ood_results in results["ood"].items():
         protocol = protocol_sentence(results["protocol"]["ood"][name])
@@ -1764,6 +2383,7 @@ def sections(results: dict) -> list[Section]:
                 "peak_memory_mb",
             ],
         ),
+        Section("training", "Training", "What the networks’ logs tell of their training."),
         Section("images", "Images", "Good: uncertainty is bright where the accuracy map is white."),
         protocol_section(results["protocol"]),
     ]
@@ -1792,30 +2412,45 @@ def results_table(results: dict) -> str:
 
 # The selectors know the tables by their shape: `td:only-of-type` and `th:nth-child(2):last-child`
 # are the second column of a table with two, which is the protocol's; its text may wrap.
+#
+# What is wider than the screen scrolls inside `.scroll`. At an edge behind which there is more, a
+# shadow shows: it is fixed to the box, and a patch of the page's colour that is fixed to the
+# content covers it at the very end. Panels would hide it, so they have a line of text instead.
 STYLE = """
 :root{color-scheme:light dark}
-figure:has(img){width:100%;overflow-x:auto}
 body{max-width:1000px;margin:auto;padding:24px 16px;font:15px/1.5 system-ui,sans-serif}
 h1{font-size:15px;margin:0}
 h2{font-size:18px;margin:40px 0 4px}
-.lead{font-size:20px}
+.lead{font-size:19px;margin:8px 0}
 p{margin:0}
 figure{display:inline-block;width:min(100%,470px);margin:14px 20px 14px 0;vertical-align:top}
+figure.wide{display:block;width:100%;margin:14px 0 26px}
+.wide figcaption{font-weight:600}
 svg,img{width:100%;display:block;color:inherit}
+.wide svg{margin-top:6px}
 h2,p{break-after:avoid}
 tr,figure{break-inside:avoid}
 figcaption,table{font-size:13.5px}
-.scroll{overflow-x:auto;margin:10px 0}
+.scroll{overflow-x:auto;margin:6px 0;background:
+linear-gradient(to right,Canvas 30%,transparent) 0 0/48px 100% no-repeat local,
+linear-gradient(to left,Canvas 30%,transparent) 100% 0/48px 100% no-repeat local,
+linear-gradient(to right,#8889,transparent) 0 0/16px 100% no-repeat scroll,
+linear-gradient(to left,#8889,transparent) 100% 0/16px 100% no-repeat scroll}
 img{min-width:820px}
 table{border-collapse:collapse;min-width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:4px 0 4px 18px;text-align:right;white-space:nowrap;border-bottom:1px solid #8885}
 th:first-child,td:only-of-type{text-align:left;font-weight:400}
 th:first-child{padding:0}
+.network th:first-child{font-weight:600;padding-top:10px}
+.best{font-weight:700}
 th:nth-child(2):last-child{text-align:left}
 td:only-of-type{white-space:normal;overflow-wrap:anywhere}
+@media(max-width:850px){
+.panel figcaption::after{content:" – wider than the screen: scroll it sideways →";font-weight:400}
+}
 @media print{
 body{font-size:11px}
-.scroll{overflow:visible}
+.scroll{overflow:visible;background:none}
 img{min-width:0}
 figure{width:45%}
 }
@@ -1863,7 +2498,8 @@ CURVES = {  # by the key in metrics.json
         xlabel="most uncertain pixels ignored, %",
         ylabel="mIoU of the rest, %",
         limits=Limits(0, 90, None, 100),
-        caption="Good: rises at once and steeply. Far right, few classes may be left.",
+        caption="Good: rises at once and steeply. Pale: classes have died out, no pixel of them is "
+        "left, and the mIoU is of fewer classes.",
     ),
     "risk_coverage": Curve(
         title="Risk and coverage, with AURC",
@@ -1891,7 +2527,8 @@ CURVES = {  # by the key in metrics.json
         xlabel="recall: share of positive pixels found, %",
         ylabel="precision: right among the alarms, %",
         limits=Limits(0, 100, 0, 100),
-        caption="Good: top right. Guessing is level at the share of positives.",
+        caption="Good: top right. Guessing is level at the share of positives. Drawn from 1 % "
+        "recall on: before, a handful of pixels decides.",
     ),
 }
 
@@ -1899,6 +2536,9 @@ CURVES = {  # by the key in metrics.json
 # another one, name it here with an index into DASHES. "" is for the curves that belong to a network
 # and not to a score.
 DRAWN_SCORES = {"": 0, "dudes": 0, "std": 0, "entropy": 1, ERROR: 2}
+
+
+LOWEST_RECALL = 0.01  # from which on precision is drawn
 
 
 def curve_chart(kind: str, results: dict[str, dict]) -> Chart | None:
@@ -1912,7 +2552,10 @@ def curve_chart(kind: str, results: dict[str, dict]) -> Chart | None:
         xs, ys = curve_points(curve, row_results[kind])
         colour = NETWORKS.index(network)
         label = f"{network} {score} {number}"
-        series.append(Series(label, xs, ys, colour, DRAWN_SCORES[score]))
+        pale_from = None
+        if kind == "rejection":
+            pale_from = first_with_fewer_classes(row_results["rejection_classes"])
+        series.append(Series(label, xs, ys, colour, DRAWN_SCORES[score], pale_from))
     if not series:
         return None
     return line_chart(curve.title, series, curve.xlabel, curve.ylabel, curve.limits, curve.diagonal)
@@ -1920,7 +2563,8 @@ def curve_chart(kind: str, results: dict[str, dict]) -> Chart | None:
 
 def curve_points(curve: Curve, values) -> tuple[np.ndarray, np.ndarray]:
     """x and y in %. A rejection curve is a bare list with one value per tenth of the pixels that is
-    ignored; the others are {"<x>": list, "<y>": list}."""
+    ignored; the others are {"<x>": list, "<y>": list}. Of precision and recall the points below
+    `LOWEST_RECALL` are left out: there the precision jumps between 0 and 1."""
     if curve.points is None:
         xs = np.arange(10) / 10
         ys = values
@@ -1928,7 +2572,23 @@ def curve_points(curve: Curve, values) -> tuple[np.ndarray, np.ndarray]:
         x_key, y_key = curve.points
         xs = values[x_key]
         ys = values[y_key]
-    return 100 * np.array(xs, dtype=float), 100 * np.array(ys, dtype=float)
+    xs = np.array(xs, dtype=float)
+    ys = np.array(ys, dtype=float)
+    if curve.points == ("recall", "precision"):
+        # `~`, so that points that are NaN stay
+        shown = ~(xs < LOWEST_RECALL)
+        xs = xs[shown]
+        ys = ys[shown]
+    return 100 * xs, 100 * ys
+
+
+def first_with_fewer_classes(classes: list[int]) -> int | None:
+    """The index of the first point of a rejection curve whose mIoU is of fewer classes than that of
+    all pixels; None where there is none. classes: how many classes are in each point."""
+    for number, count in enumerate(classes):
+        if count < classes[0]:
+            return number
+    return None
 
 
 def curves_html(kinds: Sequence[str], results: dict[str, dict]) -> str:
@@ -1942,21 +2602,26 @@ def curves_html(kinds: Sequence[str], results: dict[str, dict]) -> str:
 
 
 def density_html(fidelity: dict) -> str:
-    """HTML of the joint histogram of both uncertainties, a picture inside a chart."""
+    """HTML of the joint histogram of both uncertainties, a picture inside a chart. Its axes end
+    where all but 0.1 % of the pixels lie below."""
     counts = np.array(fidelity["density"], dtype=float)  # [student's, teacher's], from 0 up
+    bin_width = fidelity["density_max"] / len(counts)
+    rows = bins_of_most(counts.sum(axis=1))
+    columns = bins_of_most(counts.sum(axis=0))
+    counts = counts[:rows, :columns]
     shade = viridis(np.log1p(counts) / np.log1p(max(counts.max(), 1)))
     opacity = np.where(counts > 0, 255, 0).astype(np.uint8)  # empty bins are transparent
     pixels = np.dstack([shade, opacity])[::-1].copy()  # 0 is at the bottom
     png = io.BytesIO()
     Image.fromarray(pixels).save(png, "PNG")
 
-    # The axes end at a round number, the picture at the largest value.
-    largest = fidelity["density_max"]
-    share = largest / round_ticks([], 0, largest)[-1]
-    width = share * (RIGHT - LEFT)
-    height = share * (BOTTOM - TOP)
+    # The axes end at round numbers, the picture at the last bins.
+    limits = Limits(0, bin_width * columns, 0, bin_width * rows)
+    axes = Axes([], limits)
+    right = axes.right(limits.x1)
+    top = axes.down(limits.y1)
     picture = (
-        f'<image x="{LEFT}" y="{BOTTOM - height}" width="{width}" height="{height}" '
+        f'<image x="{LEFT}" y="{top}" width="{right - LEFT}" height="{BOTTOM - top}" '
         'preserveAspectRatio="none" image-rendering="pixelated" '
         f'href="{data_uri(png.getvalue())}"/>'
     )
@@ -1966,32 +2631,77 @@ def density_html(fidelity: dict) -> str:
         [],
         f"teacher: {measure}",
         f"student: predicted {measure}",
-        Limits(0, largest, 0, largest),
+        limits,
         diagonal=True,
         background=picture,
     )
     caption = (
-        "Good: a narrow ridge on the diagonal. Below it the student is surer than its teacher."
+        "Good: a narrow ridge on the diagonal. Below it the student is surer than its teacher. "
+        "The axes end where all but 0.1 % of the pixels lie below."
     )
     return figure_html(chart.svg, caption)
 
 
-def pictures_html(results: dict, panels: list[tuple[str, Path]]) -> dict[str, str]:
+def bins_of_most(counts: np.ndarray) -> int:
+    """How many bins from 0 up, at least one, hold 99.9 % of what is counted."""
+    up_to = np.cumsum(counts)
+    return int(np.searchsorted(up_to, 0.999 * up_to[-1])) + 1
+
+
+class Pictures(NamedTuple):
+    """What the report shows that is not in metrics.json."""
+
+    panels: Sequence[tuple[str, Path]]  # (title, PNG file), in the order to show them
+    rejection: tuple[str, Path] | None  # caption and PNG file of `draw_rejection`
+    logs: dict[str, list[dict]]  # see `training_logs`
+
+
+def pictures_html(results: dict, pictures: Pictures) -> dict[str, str]:
     """The HTML of the pictures of each section, by `Section.key`; arguments as for `report`."""
     error_curves = ["rejection", "risk_coverage", "roc", "pr", "error_reliability"]
-    pictures = {
+    parts = {
         "segmentation": curves_html(["reliability"], results["segmentation"]),
         "uncertainty": curves_html(error_curves, results["uncertainty"]),
+        "classes": confusion_html(results),
     }
     for name, ood_results in results["ood"].items():
-        pictures[f"ood/{name}"] = curves_html(["roc", "pr"], ood_results)
+        parts[f"ood/{name}"] = curves_html(["roc", "pr"], ood_results)
     if results["fidelity"]:
-        pictures["fidelity"] = density_html(results["fidelity"])
-    pictures["images"] = ""
-    for title, file in panels:
-        image = f'<img alt="" src="{data_uri(file.read_bytes())}">'
-        pictures["images"] += figure_html(image, title)
-    return pictures
+        parts["fidelity"] = density_html(results["fidelity"])
+    if pictures.rejection is not None:
+        parts["operating_points"] = panel_html(*pictures.rejection)
+    if pictures.logs:
+        parts["training"] = ""
+        for chart in learning_charts(pictures.logs):
+            parts["training"] += figure_html(chart.svg, TRAINING_CAPTION)
+    parts["images"] = ""
+    for title, file in pictures.panels:
+        parts["images"] += panel_html(title, file)
+    return parts
+
+
+TRAINING_CAPTION = "A student’s loss has more terms than a member’s: compare the shapes alone."
+
+
+def confusion_html(results: dict) -> str:
+    """HTML of the confusion matrix of the student or, without one, of the teacher."""
+    network = results["recommended"]["network"]
+    classes = [row["name"] for row in results["classes"]]
+    chart = confusion_chart(results["confusion"][network], classes)
+    caption = f"Confusion of the {network}. Good: dark on the diagonal alone."
+    return (
+        f'<figure class="wide"><figcaption>{html.escape(caption)}</figcaption>'
+        f'<div class="scroll">{chart.svg}</div></figure>'
+    )
+
+
+def panel_html(title: str, file: Path) -> str:
+    """A PNG file as a figure of the page's width, which scrolls on a narrow screen."""
+    image = f'<img alt="" src="{data_uri(file.read_bytes())}">'
+    return (
+        f'<figure class="wide panel"><figcaption>{html.escape(title)}</figcaption>'
+        f'<div class="scroll">{image}</div></figure>'
+    )
 
 
 def figure_html(picture: str, caption: str) -> str:
@@ -1999,14 +2709,22 @@ def figure_html(picture: str, caption: str) -> str:
     return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def table_html(headings: Sequence[str], rows: Sequence[list[str]]) -> str:
-    """A table in a box that scrolls; "" where it has no rows."""
-    if not rows:
+def table_html(section: Section) -> str:
+    """The table of a section in a box that scrolls; "" where it has no rows. A network whose rows
+    are grouped has a row of its own above them."""
+    if not section.rows:
         return ""
-    lines = ["<th>" + "<th>".join(html.escape(cell) for cell in headings)]
-    for row in rows:
-        lines.append("<th>" + "<td>".join(html.escape(cell) for cell in row))
-    return f'<div class="scroll"><table><tr>{"<tr>".join(lines)}</table></div>'
+    text = "<tr><th>" + "<th>".join(html.escape(cell) for cell in section.headings)
+    group = ""
+    for number, (label, *cells) in enumerate(section.rows):
+        if section.groups and section.groups[number] != group:
+            group = section.groups[number]
+            text += f'<tr class="network"><th>{html.escape(group)}'
+        text += f"<tr><th>{html.escape(label.removeprefix(f'{group} '))}"
+        for column, cell in enumerate(cells, start=1):
+            opening = '<td class="best">' if (number, column) in section.best else "<td>"
+            text += opening + html.escape(cell)
+    return f'<div class="scroll"><table>{text}</table></div>'
 
 
 def data_uri(png: bytes) -> str:
@@ -2014,42 +2732,130 @@ def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def percentages(results: dict[str, dict], number: str, keys: Sequence[str]) -> str:
-    """One number of the networks or scores `keys` in words; unknown ones are left out."""
-    texts = []
-    for key in keys:
-        value = results.get(key, {}).get(number)
-        if value is not None:
-            texts.append(f"{100 * value:.1f}\u00a0% ({key.replace('/', ' ')})")
-    return ", ".join(texts)
+def lead(results: dict) -> list[str]:
+    """The outcome in three sentences: the classes, errors, unknown objects."""
+    return [
+        segmentation_sentence(results),
+        errors_sentence(results),
+        anomalies_sentence(results),
+    ]
 
 
-def headline(results: dict) -> str:
-    """The outcome in one sentence, from the numbers that are known."""
-    miou = percentages(results["segmentation"], "miou", NETWORKS)
-    text = f"The mIoU is {miou or 'unknown'}"
-    scores = ("student/dudes", "teacher/std", "student/entropy", "member/entropy")
-    auroc = percentages(results["uncertainty"], "auroc", scores)
-    if auroc:
-        text += f"; wrong pixels are found with an AUROC of {auroc}"
+def percent_text(value: float | None) -> str:
+    """A share in %, with three digits."""
+    return "unknown" if value is None else f"{three_digits(100 * value)}\u00a0%"
+
+
+def segmentation_sentence(results: dict) -> str:
+    """How well the student or, without one, the teacher segments, and what the others reach."""
+    protocol = results["protocol"]
+    network = results["recommended"]["network"]
+    miou = results["segmentation"][network]["miou"]
+    text = (
+        f"The {network} segments the {protocol['images']} images of {protocol['dataset']} "
+        f"{protocol['split']} with an mIoU of {percent_text(miou)}"
+    )
+    others = []
+    for name in NETWORKS:
+        if name != network and name in results["segmentation"]:
+            called = "one member" if name == "member" else f"its {name}"
+            others.append(f"{called} with {percent_text(results['segmentation'][name]['miou'])}")
+    if others:
+        text += f" ({', '.join(others)})"
     student_ms = results["timing"].get("student", {}).get("ms_per_image")
     teacher_ms = results["timing"].get("teacher", {}).get("ms_per_image")
     if student_ms and teacher_ms:
-        share = f"{100 * student_ms / teacher_ms:.0f}\u00a0%"
-        text += f"; the student takes {share} of the teacher’s time"
+        text += f", in {percent_text(student_ms / teacher_ms)} of the teacher’s time"
     return text + "."
 
 
-def report(results: dict, panels: list[tuple[str, Path]]) -> str:
+def errors_sentence(results: dict) -> str:
+    """Which score finds errors best, and whether it paid to learn one."""
+    network = results["recommended"]["network"]
+    score = results["recommended"]["score"]
+    figures = results["uncertainty"].get(f"{network}/{score}", {})
+    numbers = f"AURC {number_text(figures, 'aurc')}, AUROC {percent_text(figures.get('auroc'))}"
+    text = f"Of its scores {score.replace('_', ' ')} is best at finding wrong pixels ({numbers})"
+    learned = {}  # figures of each score that the student learned
+    if results["comparison"]:
+        task = results["comparison"]["errors"]["aurc"]
+        for key, gain in task["scores"].items():
+            if key.startswith("student/") and gain["value"] is not None:
+                learned[key] = gain
+    if not learned:
+        return text + "."
+
+    best = min(learned, key=lambda key: learned[key]["value"])
+    outcome = {
+        "yes": "distilling paid",
+        "no": "distilling did not pay",
+        "undecided": "whether distilling paid is undecided on these images",
+    }[learned[best]["worth_more"]]
+    best_name = best.removeprefix("student/").replace("_", " ")
+    free_name = task["best_free"].removeprefix("student/").replace("_", " ")
+    return (
+        f"{text}; {outcome}: the best learned score, {best_name}, has an AURC of "
+        f"{three_digits(learned[best]['value'])}, the best free one, {free_name}, of "
+        f"{three_digits(task['value'])}."
+    )
+
+
+def anomalies_sentence(results: dict) -> str:
+    """Which score of the student or, without one, of the teacher finds unknown objects best."""
+    network = results["recommended"]["network"]
+    texts = []
+    for name, ood_results in results["ood"].items():
+        auroc = {}
+        for key, figures in ood_results.items():
+            if key.startswith(f"{network}/") and figures["auroc"] is not None:
+                auroc[key] = figures["auroc"]
+        if auroc:
+            best = max(auroc, key=lambda key: auroc[key])
+            score = best.partition("/")[2]
+            kind = score.replace("_", " ")
+            if network == "student":
+                kind += ", free" if score in FREE_SCORES else ", learned"
+            texts.append(f"on {name} by {kind} (AUROC {percent_text(auroc[best])})")
+    if not results["ood"]:
+        return "Unknown objects were not looked for (--ood)."
+    if not texts:
+        return "There were no unknown objects to find."
+    return f"Unknown objects are found best {'; '.join(texts)}."
+
+
+def training_logs(files: "NetworkFiles") -> dict[str, list[dict]]:
+    """The lines of the .jsonl beside each checkpoint, by its name; a network without one is left
+    out, and one that cannot be read is left out with a warning."""
+    checkpoints = []
+    if files.student is not None:
+        checkpoints.append(files.student)
+    if files.teacher:
+        checkpoints += model.member_files(files.teacher)
+    logs = {}
+    for checkpoint in checkpoints:
+        path = checkpoint.with_suffix(".jsonl")
+        if not path.exists():
+            continue
+        try:
+            logs[checkpoint.stem] = [json.loads(line) for line in path.read_text().splitlines()]
+        except ValueError as error:
+            text = f"{path} is no log of a training ({error}); the report does without its curves"
+            print(f"warning: {text}", file=sys.stderr)
+    return logs
+
+
+def report(results: dict, pictures: Pictures) -> str:
     """One HTML page that needs nothing else, no script, no network.
 
-    results: the content of metrics.json. panels: (title, PNG file), in the order to show them.
+    results: the content of metrics.json; pictures: what it shows beside that.
     """
     title = html.escape(f"Uncertainty report: {results['protocol']['dataset']}")
-    pictures = pictures_html(results, panels)
+    parts = pictures_html(results, pictures)
     body = ""
+    for sentence in lead(results):
+        body += f'<p class="lead">{html.escape(sentence)}</p>'
     for section in sections(results):
-        content = table_html(section.headings, section.rows) + pictures.get(section.key, "")
+        content = table_html(section) + parts.get(section.key, "")
         if content:
             heading = html.escape(section.heading)
             explanation = html.escape(section.explanation)
@@ -2058,7 +2864,7 @@ def report(results: dict, panels: list[tuple[str, Path]]) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<link rel="icon" href="data:,"><style>{STYLE}</style></head><body><h1>{title}</h1>'
-        f'<p class="lead">{html.escape(headline(results))}</p>{body}</body></html>\n'
+        f"{body}</body></html>\n"
     )
 
 
@@ -2430,12 +3236,15 @@ def terminal_width() -> int:
 
 class ImageProgress:
     """A live line inside a `with`, for a pass over images: how many are done, the rate, and the
-    time left."""
+    time left. Where stderr is no terminal but a log, a line a minute."""
+
+    LOG_PAUSE = 60.0  # seconds between two lines of a log
 
     def __init__(self, total: int):
         self.total = total
         self.done = 0
         self.started = time.monotonic()
+        self.logged_at = self.started
         self.line = LiveLine()
 
     def __enter__(self) -> "ImageProgress":
@@ -2448,11 +3257,16 @@ class ImageProgress:
         """Count `images` more as done."""
         self.done += images
         if self.line.is_due():
-            rate = self.done / (time.monotonic() - self.started)
-            seconds_left = (self.total - self.done) / rate
-            self.line.show(
-                f"{self.done}/{self.total} images  {rate:.1f} images/s  {seconds_left:.0f} s left"
-            )
+            self.line.show(self.text())
+        elif not self.line.active and time.monotonic() - self.logged_at >= self.LOG_PAUSE:
+            print(self.text(), file=sys.stderr, flush=True)
+            self.logged_at = time.monotonic()
+
+    def text(self) -> str:
+        """How far the pass is."""
+        rate = self.done / (time.monotonic() - self.started)
+        seconds_left = (self.total - self.done) / rate
+        return f"{self.done}/{self.total} images  {rate:.1f} images/s  {seconds_left:.0f} s left"
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -2546,6 +3360,8 @@ def resolve(args: argparse.Namespace, checkpoint: dict, device: torch.device) ->
     for flag, given in not_with_predict.items():
         if args.predict is not None and given:
             raise UsageError(f"--predict writes maps alone; run {flag} in a command of its own")
+    if args.score is not None and args.predict is None:
+        raise UsageError("--score names the maps that --predict writes, which is missing")
     if args.in_distribution is not None and args.ood is None:
         raise UsageError("--in-distribution is for the images of --ood, which is missing")
 
@@ -2605,6 +3421,17 @@ def default_ood(dataset: str, hold_out: list[str]) -> str:
     if dataset == "synthetic":
         return "synthetic"
     return "held-out" if hold_out else "pasted"
+
+
+def prediction_sentence(flag: tuple[int, int] | None, image_size: tuple[int, int] | None) -> str:
+    """At which size --predict runs the network, and why; flag: --image-size, if it was given."""
+    if image_size is None:
+        return "network input: each image at its own size (--image-size H W for another)"
+    height, width = image_size
+    reason = f"--image-size {height} {width}"
+    if flag is None:
+        reason = f"trained at {height}x{width}, --image-size H W for another"
+    return f"network input: {height} pixels high, proportions kept ({reason})"
 
 
 def run_protocol(
@@ -2702,7 +3529,10 @@ def main(args: argparse.Namespace) -> None:
     image_size = settings.image_size
 
     if args.predict is not None:
-        predict_files(networks, args.predict, args.out, image_size, inference)
+        scores = choose_scores(args.score, networks)
+        image_size = args.image_size or trained_size(checkpoint)
+        print(prediction_sentence(args.image_size, image_size), flush=True)
+        predict_files(networks, args.predict, args.out, image_size, scores, inference)
         return
 
     dataset = data.open_dataset(
@@ -2797,13 +3627,26 @@ def main(args: argparse.Namespace) -> None:
         for ood in ood_sets:
             count = min(args.panels, len(ood.dataset), OOD_PANELS)
             chosen = [(f"OOD {ood.name}", index) for index in range(count)]
+            best_free = ood_comparisons[ood.name].get("auroc", {}).get("best_free")
             panels += draw_panels(
-                networks, ood.dataset, chosen, panel_folder, inference, anomalies=True
+                networks, ood.dataset, chosen, panel_folder, inference, True, best_free
             )
         remove_old_panels(panel_folder, panels)
 
+        # ------------------------------------------------------------ what rejecting means
+        rejection_file = args.out / "reject.png"
+        rejection_file.unlink(missing_ok=True)  # of an earlier run
+        rejection_picture = None
+        rejection = chosen_rejection(results)
+        index = median_image(split.accuracy)
+        if args.panels > 0 and index is not None and rejection is not None:
+            caption, sheet = draw_rejection(networks, dataset, index, rejection, inference)
+            sheet.save(rejection_file)
+            rejection_picture = (caption, rejection_file)
+
         # ------------------------------------------------------------ report
-        model.save_atomically(html_file, report(results, panels))
+        pictures = Pictures(panels, rejection_picture, training_logs(files))
+        model.save_atomically(html_file, report(results, pictures))
         charts = [
             curve_chart("rejection", results["uncertainty"]),
             curve_chart("risk_coverage", results["uncertainty"]),
@@ -2874,7 +3717,20 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--save-scores", type=Path, metavar="DIR", help="keep float16 maps of every score"
     )
     group.add_argument(
-        "--predict", type=Path, metavar="DIR|FILE", help="only write the maps of these images"
+        "--predict",
+        type=Path,
+        metavar="DIR|FILE",
+        help="only write maps of these images: NAME_classes.png, NAME_overlay.png and, of each "
+        "score, NAME_SCORE.png (colours) and NAME_SCORE16.png (16-bit grey: value = offset + u16 "
+        "/ 65535 * scale, both of them in scales.json); the network runs at the size it was "
+        "trained at, or at --image-size",
+    )
+    group.add_argument(
+        "--score",
+        nargs="+",
+        metavar="NAME",
+        help="the scores that --predict maps, as metrics.json calls them (default: msp, and the "
+        "std: dudes of the student, std of the teacher)",
     )
     group.add_argument(
         "--benchmark",

@@ -440,6 +440,10 @@ class ConfusionMatrix(Accumulator):
         column = _flat_classes(prediction, self.num_classes)
         self._add("matrix", _histogram_of(row * side + column, side * side))
 
+    def pixels_by_class(self) -> list[list[int]]:
+        """n_ij: [C][C], how many pixels of each class (row) are predicted as each (column)."""
+        return self._numpy("matrix")[:-1, :-1].tolist()
+
     def compute(self) -> dict:
         """Keys: miou, iou (a list, one per class), pixel_accuracy, mean_class_accuracy, n (pixels).
 
@@ -1009,8 +1013,11 @@ class SelectivePrediction(_ScoreHistogram):
     Tested by test_selective_prediction_equals_brute_force,
     test_selective_prediction_by_hand,
     test_selective_prediction_all_right_all_wrong_all_tied,
-    test_ause_is_eaurc_over_error_rate, test_perfect_ranking_reaches_the_oracle.
+    test_ause_is_eaurc_over_error_rate, test_perfect_ranking_reaches_the_oracle; the operating
+    points by test_operating_points_equal_brute_force.
     """
+
+    REJECTED_SHARES = (0.05, 0.1, 0.2)  # of all pixels, the most that an operating point rejects
 
     def update(self, uncertainty: Tensor, correct: Tensor, valid: Tensor | None = None) -> None:
         """uncertainty: floats, any shape; correct: bool or 0 / 1 / void; valid: False = void."""
@@ -1033,6 +1040,46 @@ class SelectivePrediction(_ScoreHistogram):
         results["sweep"] = self._sweep(values, wrong, correct)
         results["risk_coverage"] = self._risk_coverage(wrong, correct)
         return results
+
+    def operating_points(self) -> list[dict[str, float]]:
+        """Thresholds that reject the 5, 10 and 20 % most uncertain pixels, and what that buys.
+
+        A pixel is rejected where its uncertainty, rounded to float16, is above the threshold. Of
+        the uncertainties that occur, the threshold is the lowest one above which lie at most
+        `reject` of all pixels. Equal float16 values lie on one side together, so that fewer may be
+        rejected than asked for, and none where more than `reject` share the highest value.
+
+        Keys: reject (asked for), rejected (the exact share of the pixels), threshold,
+        errors_caught (the share of all errors that are rejected), accuracy_kept (the share of the
+        kept pixels that are right). All but the threshold are 0..1.
+        NaN: all but `reject` without pixels, errors_caught without errors.
+        """
+        counts = self._score_counts()
+        wrong = counts.flag_0[::-1]  # from the highest uncertainty down
+        correct = counts.flag_1[::-1]
+        pixels_above = np.cumsum(wrong + correct) - (wrong + correct)  # [S]
+        wrong_above = np.cumsum(wrong) - wrong
+        pixels = (wrong + correct).sum()
+        errors = wrong.sum()
+
+        points = []
+        for reject in self.REJECTED_SHARES:
+            # The last of the ascending counts that is small enough; the first one, 0, always is.
+            # (The rounding of e.g. 0.05 * 60 must not cost a pixel, hence the hair more.)
+            largest = reject * pixels * (1 + 1e-12)
+            lowest = np.searchsorted(pixels_above, largest, side="right") - 1
+            rejected = pixels_above[lowest]
+            caught = wrong_above[lowest]
+            kept = pixels - rejected
+            point = {
+                "reject": reject,
+                "rejected": float(_ratio(rejected, pixels)),
+                "threshold": float(counts.scores[::-1][lowest]),
+                "errors_caught": float(_ratio(caught, errors)),
+                "accuracy_kept": float(_ratio(kept - (errors - caught), kept)),
+            }
+            points.append(point)
+        return points
 
     def _risk_results(self, wrong: np.ndarray, correct: np.ndarray) -> dict[str, float]:
         """The error rate, and the areas under the risk-coverage curve."""

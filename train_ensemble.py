@@ -56,13 +56,11 @@ from torch.utils.data import DataLoader
 import data
 from data import IGNORED, VOID, Sample
 from evaluate import (
-    Limits,
     LiveLine,
     Parser,
-    Series,
     chart_sheet,
     exit_code_of,
-    line_chart,
+    learning_charts,
     non_negative,
     positive,
     run_main,
@@ -919,21 +917,12 @@ class Progress:
 
 def draw_curves(folder: Path) -> None:
     """curves.svg: loss and validation mIoU by epoch of all members that are in the folder."""
-    charts = []
-    for key, title in (("loss", "Training loss"), ("miou", "Validation mIoU")):
-        series = []
-        logs = [path.with_suffix(".jsonl") for path in find_members(folder)]
-        logs = [path for path in logs if path.exists()]  # a checkpoint may come from elsewhere
-        for number, path in enumerate(logs):
-            entries = [json.loads(line) for line in path.read_text().splitlines()]
-            epochs = [entry["epoch"] for entry in entries]
-            values = [entry.get(key) for entry in entries]  # None where it is unknown
-            values = [math.nan if value is None else value for value in values]
-            colour = number % 4
-            dash = number // 4 % 3
-            series.append(Series(path.stem, epochs, values, colour, dash))
-        charts.append(line_chart(title, series, "epoch", key, Limits(y0=0)))
-    save_atomically(folder / "curves.svg", chart_sheet(charts))
+    logs = {}
+    for checkpoint in find_members(folder):
+        path = checkpoint.with_suffix(".jsonl")
+        if path.exists():  # a checkpoint may come from elsewhere
+            logs[path.stem] = [json.loads(line) for line in path.read_text().splitlines()]
+    save_atomically(folder / "curves.svg", chart_sheet(learning_charts(logs)))
 
 
 # ------------------------------------------------------------------------------------------ members
