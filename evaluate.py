@@ -1999,14 +1999,13 @@ def learning_charts(logs: dict[str, list[dict]]) -> list[Chart]:
 
 
 CELL = 26  # pixels: the side of a cell of a confusion matrix
-CELL_LABELS = 118  # pixels: beside and above the cells
+CELL_LABELS = 114  # pixels: beside and above the cells
 
 
 def confusion_chart(matrix: list[list[int]], classes: Sequence[str]) -> Chart:
     """A confusion matrix as SVG: a row per true class, a column per predicted one, both in the
     order of the classes. A cell tells which part of the true class it is, in %, from 0.5 % on."""
     parts = [
-        svg_text(0, 14, "Confusion, % of each true class", weight="bold"),
         svg_text(0, CELL_LABELS - 8, "truth \N{DOWNWARDS ARROW}  predicted \N{RIGHTWARDS ARROW}"),
     ]
     for number, name in enumerate(classes):
@@ -2118,8 +2117,10 @@ def three_digits(value: float, sign: str = "") -> str:
     numbers too."""
     if not math.isfinite(value):
         return "–"
+    if value == 0:
+        return "0"
     exponent = int(f"{value:.2e}".partition("e")[2])  # of the rounded number
-    if value != 0 and exponent < -4:
+    if exponent < -4:
         return f"{value:{sign}.2e}"
     return f"{value:{sign},.{max(0, 2 - exponent)}f}"
 
@@ -2206,9 +2207,11 @@ def best_cells(
     return frozenset(best)
 
 
+OPERATING_COLUMNS = ("threshold", "rejected", "errors_caught", "accuracy_kept")
+
+
 def operating_section(results: dict) -> Section:
     """What rejecting the most uncertain pixels buys, at each threshold of the recommended score."""
-    columns = ["threshold", "rejected", "errors_caught", "accuracy_kept"]
     network = results["recommended"]["network"]
     score = results["recommended"]["score"]
     explanation = (
@@ -2218,23 +2221,25 @@ def operating_section(results: dict) -> Section:
     rows = []
     for point in results["operating_points"].get(score, []):
         label = f"reject {100 * point['reject']:.0f} %"
-        rows.append([label, *(number_text(point, column) for column in columns)])
+        rows.append([label, *(number_text(point, column) for column in OPERATING_COLUMNS)])
         if point["reject"] == SHOWN_REJECT:
             explanation += operating_sentence(point)
     explanation += (
         " The thresholds were chosen on these very images; a score counts rounded to float16, and "
         "equal scores are rejected together. metrics.json has those of every score."
     )
-    headings = ["", *(COLUMNS[column].heading for column in columns)]
+    headings = ["", *(COLUMNS[column].heading for column in OPERATING_COLUMNS)]
     return Section("operating_points", "What a number means", explanation, headings, rows)
 
 
 def operating_sentence(point: dict) -> str:
     """An operating point in words."""
+    rejected = percent_text(point["rejected"])
+    errors = percent_text(point["errors_caught"])
+    right = percent_text(point["accuracy_kept"])
     return (
-        f"Above {number_text(point, 'threshold')} lie {number_text(point, 'rejected')} % of the "
-        f"pixels and {number_text(point, 'errors_caught')} % of the errors; what is left is right "
-        f"at {number_text(point, 'accuracy_kept')} %."
+        f"Above {number_text(point, 'threshold')} lie {rejected} of the pixels and {errors} of the "
+        f"errors; what is left is right at {right}."
     )
 
 
@@ -2440,8 +2445,8 @@ img{min-width:820px}
 table{border-collapse:collapse;min-width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:4px 0 4px 18px;text-align:right;white-space:nowrap;border-bottom:1px solid #8885}
 th:first-child,td:only-of-type{text-align:left;font-weight:400}
-th:first-child{padding:0}
-.network th:first-child{font-weight:600;padding-top:10px}
+th:first-child{padding:0;position:sticky;left:0;background:Canvas}
+.network th:first-child{font-weight:600;padding-top:12px}
 .best{font-weight:700}
 th:nth-child(2):last-child{text-align:left}
 td:only-of-type{white-space:normal;overflow-wrap:anywhere}
@@ -2672,15 +2677,18 @@ def pictures_html(results: dict, pictures: Pictures) -> dict[str, str]:
         parts["operating_points"] = panel_html(*pictures.rejection)
     if pictures.logs:
         parts["training"] = ""
-        for chart in learning_charts(pictures.logs):
-            parts["training"] += figure_html(chart.svg, TRAINING_CAPTION)
+        for chart, caption in zip(learning_charts(pictures.logs), LEARNING_CAPTIONS, strict=True):
+            parts["training"] += figure_html(chart.svg, caption)
     parts["images"] = ""
     for title, file in pictures.panels:
         parts["images"] += panel_html(title, file)
     return parts
 
 
-TRAINING_CAPTION = "A student’s loss has more terms than a member’s: compare the shapes alone."
+LEARNING_CAPTIONS = (  # of the `learning_charts`
+    "Good: falls to the end. A student’s loss has more terms than a member’s.",
+    "Good: level in the end. Where it still rises, more epochs would help.",
+)
 
 
 def confusion_html(results: dict) -> str:
@@ -2688,7 +2696,10 @@ def confusion_html(results: dict) -> str:
     network = results["recommended"]["network"]
     classes = [row["name"] for row in results["classes"]]
     chart = confusion_chart(results["confusion"][network], classes)
-    caption = f"Confusion of the {network}. Good: dark on the diagonal alone."
+    caption = (
+        f"What the {network} takes each class for, in % of the true class. Good: dark on the "
+        "diagonal alone."
+    )
     return (
         f'<figure class="wide"><figcaption>{html.escape(caption)}</figcaption>'
         f'<div class="scroll">{chart.svg}</div></figure>'
@@ -2719,7 +2730,8 @@ def table_html(section: Section) -> str:
     for number, (label, *cells) in enumerate(section.rows):
         if section.groups and section.groups[number] != group:
             group = section.groups[number]
-            text += f'<tr class="network"><th>{html.escape(group)}'
+            others = len(section.headings) - 1
+            text += f'<tr class="network"><th>{html.escape(group)}<td colspan="{others}">'
         text += f"<tr><th>{html.escape(label.removeprefix(f'{group} '))}"
         for column, cell in enumerate(cells, start=1):
             opening = '<td class="best">' if (number, column) in section.best else "<td>"
@@ -2775,7 +2787,7 @@ def errors_sentence(results: dict) -> str:
     score = results["recommended"]["score"]
     figures = results["uncertainty"].get(f"{network}/{score}", {})
     numbers = f"AURC {number_text(figures, 'aurc')}, AUROC {percent_text(figures.get('auroc'))}"
-    text = f"Of its scores {score.replace('_', ' ')} is best at finding wrong pixels ({numbers})"
+    text = f"Wrong pixels are found best by its {score.replace('_', ' ')} ({numbers})"
     learned = {}  # figures of each score that the student learned
     if results["comparison"]:
         task = results["comparison"]["errors"]["aurc"]
@@ -2791,13 +2803,15 @@ def errors_sentence(results: dict) -> str:
         "no": "distilling did not pay",
         "undecided": "whether distilling paid is undecided on these images",
     }[learned[best]["worth_more"]]
-    best_name = best.removeprefix("student/").replace("_", " ")
-    free_name = task["best_free"].removeprefix("student/").replace("_", " ")
-    return (
-        f"{text}; {outcome}: the best learned score, {best_name}, has an AURC of "
-        f"{three_digits(learned[best]['value'])}, the best free one, {free_name}, of "
-        f"{three_digits(task['value'])}."
-    )
+    if (
+        best == f"{network}/{score}"
+    ):  # then it is compared with the best free score, else it is told
+        other = f"the best free score, {task['best_free'].removeprefix('student/')}"
+        value = task["value"]
+    else:
+        other = f"the best learned score, {best.removeprefix('student/')}"
+        value = learned[best]["value"]
+    return f"{text}; {outcome}: {other.replace('_', ' ')}, has an AURC of {three_digits(value)}."
 
 
 def anomalies_sentence(results: dict) -> str:
@@ -2812,15 +2826,17 @@ def anomalies_sentence(results: dict) -> str:
         if auroc:
             best = max(auroc, key=lambda key: auroc[key])
             score = best.partition("/")[2]
-            kind = score.replace("_", " ")
+            kind = ""
             if network == "student":
-                kind += ", free" if score in FREE_SCORES else ", learned"
-            texts.append(f"on {name} by {kind} (AUROC {percent_text(auroc[best])})")
+                kind = "free, " if score in FREE_SCORES else "learned, "
+            texts.append(
+                f"by {score.replace('_', ' ')} on {name} ({kind}AUROC {percent_text(auroc[best])})"
+            )
     if not results["ood"]:
         return "Unknown objects were not looked for (--ood)."
     if not texts:
         return "There were no unknown objects to find."
-    return f"Unknown objects are found best {'; '.join(texts)}."
+    return f"Unknown objects are found best {', '.join(texts)}."
 
 
 def training_logs(files: "NetworkFiles") -> dict[str, list[dict]]:

@@ -117,9 +117,10 @@ class Tables(HTMLParser):
             self.tables.setdefault(self.title, []).append([])
         elif tag == "th" and self.in_network_row:
             self.tag = "network"
-        elif tag in ("th", "td"):
+        elif tag in ("th", "td") and not self.in_network_row:
             self.tables[self.title][-1].append("")
-        self.in_network_row = self.tag == "network"
+        if tag == "tr":
+            self.in_network_row = self.tag == "network"
 
     def handle_data(self, text):
         if self.tag == "h2":

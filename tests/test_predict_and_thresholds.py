@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,7 +158,7 @@ def test_the_page_has_a_lead_training_curves_and_the_confusion_matrix(evaluated)
     assert len(sentences) == 3
     assert sentences[0].startswith("The student segments the 3 images of folder val with an mIoU")
     assert "undecided on these images" in sentences[1]  # three images decide nothing
-    assert sentences[2].startswith("Unknown objects are found best on pasted by ")
+    assert sentences[2].startswith("Unknown objects are found best by ")
     for title in ("Training loss", "Validation mIoU", "Confusion matrix"):
         assert f"<title>{title}</title>" in page
     assert page.count("member_01") == 2  # in the legends of both training curves
@@ -201,7 +202,7 @@ def test_learning_curves_pass_over_epochs_without_validation():
 
 @pytest.mark.parametrize(
     "value, text",
-    [(84.24, "84.2"), (99.96, "100"), (0.05364, "0.0536"), (1234.5, "1,234"), (0, "0.00")]
+    [(84.24, "84.2"), (99.96, "100"), (0.05364, "0.0536"), (1234.5, "1,234"), (0, "0")]
     + [(-3.305, "-3.31"), (9.999, "10.0"), (0.00001234, "1.23e-05"), (float("nan"), "–")],
 )
 def test_numbers_have_three_digits(value, text):
@@ -414,33 +415,49 @@ def test_default_scores_are_msp_and_the_std(trained, command, tmp_path):
         assert found == names
 
 
-def test_what_predict_refuses_is_one_line(predict_with, tmp_path):
-    photos = save_photos(tmp_path / "photos", a=(40, 56))
-    (tmp_path / "x.mp4").write_bytes(b"0000ftypisom")
-    (tmp_path / "clips").mkdir()
-    (tmp_path / "clips/y.MOV").write_bytes(b"0000ftypqt  ")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts/notes.txt").write_text("no image")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/a.png").write_bytes(b"no png")
-    for flags, words in (
-        ([photos, "--score", "mps"], "--score mps: the student has no such score; choose of dudes"),
-        ([photos, "--score", "std"], "msp, max_logit, energy"),
-        ([tmp_path / "x.mp4"], "x.mp4 -vf fps=1 frames/%06d.png"),
-        ([tmp_path / "clips"], "y.MOV is a video; extract its frames first: ffmpeg -i"),
-        ([tmp_path / "empty"], "an empty folder; name an image"),
-        ([tmp_path / "texts"], "no image among its 1 files, the first is notes.txt"),
-        ([tmp_path / "texts/notes.txt"], "cannot read the image"),
-        ([tmp_path / "broken"], "no image of 1 files can be read; the first: cannot read"),
-        ([tmp_path / "gone"], "no such file or folder"),
-        ([0], "not on a camera"),
-        (["rtsp://camera/1"], "not on a camera or an address"),
-        (["/dev/null"], "not on a camera"),
+def test_a_video_is_one_line_with_the_command_that_extracts_its_frames(predict_with, tmp_path):
+    video = tmp_path / "x.mp4"
+    video.write_bytes(b"0000ftypisom")
+    code, _, err = predict_with(video)
+    assert code == 2 and err.count("\n") == 1 and err.startswith(f"error: --predict {video}: ")
+    assert f"extract the frames first: mkdir frames && ffmpeg -i {video} -vf fps=1" in err
+
+
+def test_predict_refuses_what_holds_no_image(tmp_path):
+    """A folder without an image was "0 images", and no error."""
+    for name, content in (
+        ("clips/y.MOV", b"0000ftypqt  "),
+        ("texts/notes.txt", b"no image"),
+        ("broken/a.png", b"no png"),
     ):
-        code, _, err = predict_with(*flags)
-        assert code == 2 and words in err and err.startswith("error: "), (flags, err)
-        assert err.count("\n") == 1 and not (tmp_path / "out").exists()
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "empty").mkdir()
+    networks = evaluate.Networks()
+    for source, words in (
+        (tmp_path / "clips", "y.MOV is a video; extract its frames first: ffmpeg -i"),
+        (tmp_path / "empty", "an empty folder; name an image"),
+        (tmp_path / "texts", "no image among its 1 files, the first is notes.txt"),
+        (tmp_path / "texts/notes.txt", "cannot read the image"),
+        (tmp_path / "broken", "no image of 1 files can be read; the first: cannot read"),
+        (tmp_path / "gone", "no such file or folder"),
+        (Path("0"), "not on a camera"),
+        (Path("rtsp://camera/1"), "not on a camera or an address"),
+        (Path("/dev/null"), "not on a camera"),
+    ):
+        with pytest.raises((UsageError, data.DataError)) as error:
+            evaluate.predict_files(networks, source, tmp_path / "out", None, [], INFERENCE)
+        assert words in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_score_that_is_none_is_refused_with_those_there_are(trained):
+    student = load_model(trained[1] / "student.pt")
+    networks = evaluate.Networks(student, measures=["std", "entropy"])
+    assert evaluate.choose_scores(["msp", "dudes", "msp"], networks) == ["msp", "dudes"]
+    with pytest.raises(UsageError) as error:
+        evaluate.choose_scores(["msp", "std"], networks)
+    expected = "dudes, dudes_entropy, entropy, msp, max_logit, energy"
+    assert str(error.value) == f"--score std: the student has no such score; choose of {expected}"
 
 
 def test_score_is_for_predict(trained, command):
