@@ -1,6 +1,6 @@
 """Measure what the uncertainty is worth: calibration, error and OOD detection, fidelity, time.
 
-    python evaluate.py --ood      # -> results/metrics.json, report.html, rejection.svg, panels/
+    python evaluate.py --ood      # -> results/: metrics.json, report.html, panels/, two pictures
     python evaluate.py --student ckpts/student.pt --teacher ckpts/ --ood pasted --benchmark
     python evaluate.py --student ckpts/student.pt --predict photos/     # maps of one's own pictures
     python evaluate.py --predict photo.jpg --score msp entropy          # of these scores
@@ -16,8 +16,8 @@ Outline, one section per line:
     measure: worth more than free?        compare_with_free: distilled scores and free ones
     measure: time and memory              benchmark
     predict: maps of one's own images     predict_files, in tiles where an image is large
-    pictures                              colours, panels
-    charts                                line_chart, chart_sheet: SVG by hand
+    pictures                              colours, panels, what is rejected
+    charts                                line_chart, confusion_chart, chart_sheet: SVG by hand
     report: tables                        what the terminal and the page both show
     report: pictures and the page         report: one HTML file that needs nothing else
     what the three command lines share    exit codes, remedies, argparse types, the live line
@@ -1030,8 +1030,12 @@ CONTEXT = 128  # pixels: the margin around a tile that the network sees too
 
 VIDEO_SUFFIXES = set(".3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .mts .webm .wmv".split())
 
-# Classes uint8 [H, W], and float32 [H, W] of each score, in the score's own unit.
-Maps = tuple[np.ndarray, dict[str, np.ndarray]]
+
+class Maps(NamedTuple):
+    """What is predicted for one image, at its own size."""
+
+    classes: np.ndarray  # uint8 [H, W]
+    scores: dict[str, np.ndarray]  # float32 [H, W] each, in the score's own unit
 
 
 class MapScale(NamedTuple):
@@ -1110,8 +1114,8 @@ def predict_files(
     source: Path,
     out: Path,
     image_size: tuple[int, int] | None,
-    scores: Sequence[str],
     inference: InferenceSettings,
+    score_names: Sequence[str],
 ) -> None:
     """--predict: write the maps of one image, or of all images in a folder and its subfolders.
 
@@ -1122,7 +1126,7 @@ def predict_files(
     """
     files, root = files_to_predict(source)
     names = map_names(files)
-    ranges = {score: ValueRange() for score in scores}
+    ranges = {score: ValueRange() for score in score_names}
     input_sizes = Counter()  # number of images by HxW of the network's input
     output_paths = []
     skipped = []
@@ -1136,13 +1140,15 @@ def predict_files(
                 skipped.append((path, error))
                 progress.advance(1)
                 continue
-            classes, values = predict_maps(networks, image, image_size, scores, inference)
-            refuse_infinite_scores(path, values)
+            maps = predict_maps(networks, image, image_size, inference, score_names)
+            refuse_infinite_scores(path, maps.scores)
             output_path = out / names[path].relative_to(root)
-            save_classes(output_path, image, classes, networks.palette)
-            for score in scores:
-                ranges[score].include(values[score])
-                save_unfinished_map(map_file(output_path, score), values[score])
+            if not output_paths:  # an earlier run's scales are not those of these maps
+                (out / "scales.json").unlink(missing_ok=True)
+            save_classes(output_path, image, maps.classes, networks.palette)
+            for score, values in maps.scores.items():
+                ranges[score].include(values)
+                save_unfinished_map(map_file(output_path, score), values)
             height, width = data.proportional_size(image, image_size)
             input_sizes[f"{height}x{width}"] += 1
             output_paths.append(output_path)
@@ -1237,22 +1243,22 @@ def predict_maps(
     networks: Networks,
     image: Image.Image,
     image_size: tuple[int, int] | None,
-    scores: Sequence[str],
     inference: InferenceSettings,
+    score_names: Sequence[str],
 ) -> Maps:
     """Classes and scores of an image of any size, by the student or, without one, the teacher.
 
-    A large image is predicted in tiles that overlap; where image_size reduces the image anyway,
-    smaller maps are predicted and enlarged instead.
+    A large image is predicted in tiles that overlap; where image_size reduces the image anyway, a
+    smaller map is predicted and enlarged instead.
     """
     if networks.student is not None:
         networks = networks._replace(teacher=None)
     size = (image.height, image.width)
     if image.height * image.width <= LARGE_IMAGE:
-        return maps_at(networks, image, size, image_size, scores, inference)
+        return maps_at(networks, image, size, image_size, inference, score_names)
     if image_size:
-        return enlarged_maps(networks, image, image_size, scores, inference)
-    return tiled_maps(networks, image, scores, inference)
+        return enlarged_maps(networks, image, image_size, inference, score_names)
+    return tiled_maps(networks, image, inference, score_names)
 
 
 def maps_at(
@@ -1260,44 +1266,47 @@ def maps_at(
     image: Image.Image,
     size: tuple[int, int],
     image_size: tuple[int, int] | None,
-    scores: Sequence[str],
     inference: InferenceSettings,
+    score_names: Sequence[str],
 ) -> Maps:
     """The maps of an image at `size` (H, W) in one piece, from a `proportional_size` input."""
     pixels = data.to_input(image, data.proportional_size(image, image_size))
     outputs = predict(networks, pixels[None].to(inference.device), size, inference.amp)
     output = outputs[networks.main_name]
     classes = model.predicted_class(output.probs)[0].to(torch.uint8)  # [H, W]
-    values = {score: output.scores[score][0].cpu().numpy() for score in scores}
-    return classes.cpu().numpy(), values
+    scores = {name: output.scores[name][0].cpu().numpy() for name in score_names}
+    return Maps(classes.cpu().numpy(), scores)
 
 
 def enlarged_maps(
     networks: Networks,
     image: Image.Image,
     image_size: tuple[int, int],
-    scores: Sequence[str],
     inference: InferenceSettings,
+    score_names: Sequence[str],
 ) -> Maps:
     """The maps of a large image, predicted at `LARGE_IMAGE` pixels and enlarged to its size."""
     factor = math.sqrt(LARGE_IMAGE / (image.height * image.width))
     size = (max(1, int(factor * image.height)), max(1, int(factor * image.width)))
-    classes, values = maps_at(networks, image, size, image_size, scores, inference)
-    classes = Image.fromarray(classes).resize(image.size, Image.Resampling.NEAREST)
-    enlarged = {}
-    for score, small in values.items():
-        large = Image.fromarray(small).resize(image.size, Image.Resampling.BILINEAR)
-        enlarged[score] = np.asarray(large)
-    return np.asarray(classes), enlarged
+    small = maps_at(networks, image, size, image_size, inference, score_names)
+    classes = Image.fromarray(small.classes).resize(image.size, Image.Resampling.NEAREST)
+    scores = {}
+    for name, values in small.scores.items():
+        enlarged = Image.fromarray(values).resize(image.size, Image.Resampling.BILINEAR)
+        scores[name] = np.asarray(enlarged)
+    return Maps(np.asarray(classes), scores)
 
 
 def tiled_maps(
-    networks: Networks, image: Image.Image, scores: Sequence[str], inference: InferenceSettings
+    networks: Networks,
+    image: Image.Image,
+    inference: InferenceSettings,
+    score_names: Sequence[str],
 ) -> Maps:
     """The maps of a large image at its own size, tile by tile."""
     width, height = image.size
     classes = np.zeros((height, width), np.uint8)
-    values = {score: np.zeros((height, width), np.float32) for score in scores}
+    scores = {name: np.zeros((height, width), np.float32) for name in score_names}
     for top, left in itertools.product(range(0, height, TILE), range(0, width, TILE)):
         # The network sees the tile and CONTEXT pixels around it, as far as the image goes.
         y0 = max(0, top - CONTEXT)
@@ -1305,15 +1314,15 @@ def tiled_maps(
         y1 = min(height, top + TILE + CONTEXT)
         x1 = min(width, left + TILE + CONTEXT)
         part = image.crop((x0, y0, x1, y1))
-        size = (part.height, part.width)
-        part_classes, part_values = maps_at(networks, part, size, None, scores, inference)
+        part_size = (part.height, part.width)
+        part_maps = maps_at(networks, part, part_size, None, inference, score_names)
         # Only the tile itself is kept.
         inside = (slice(top - y0, top - y0 + TILE), slice(left - x0, left - x0 + TILE))
         tile = (slice(top, top + TILE), slice(left, left + TILE))
-        classes[tile] = part_classes[inside]
-        for score in scores:
-            values[score][tile] = part_values[score][inside]
-    return classes, values
+        classes[tile] = part_maps.classes[inside]
+        for name, values in part_maps.scores.items():
+            scores[name][tile] = values[inside]
+    return Maps(classes, scores)
 
 
 def save_classes(
@@ -2019,20 +2028,25 @@ def confusion_chart(matrix: list[list[int]], classes: Sequence[str]) -> Chart:
     for row, counts in enumerate(matrix):
         pixels = sum(counts)
         for column, count in enumerate(counts):
-            share = count / pixels if pixels else 0.0
+            if count < 0.005 * pixels or count == 0:
+                continue
+            share = count / pixels
             x = CELL_LABELS + CELL * column
             y = CELL_LABELS + CELL * row
+            colour = "#fff" if share > 0.5 else "currentColor"
             parts.append(
                 f'<rect x="{x}" y="{y}" width="{CELL}" height="{CELL}" fill="{COLOURS[0]}" '
-                f'fill-opacity="{share:.3f}" stroke="#8885"/>'
+                f'fill-opacity="{share:.3f}"/>'
             )
-            if share >= 0.005:
-                colour = "#fff" if share > 0.5 else "currentColor"
-                parts.append(
-                    f'<text x="{x + CELL / 2}" y="{y + CELL / 2 + 4}" text-anchor="middle" '
-                    f'fill="{colour}">{100 * share:.0f}</text>'
-                )
+            parts.append(
+                f'<text x="{x + CELL / 2}" y="{y + CELL / 2 + 4}" text-anchor="middle" '
+                f'fill="{colour}">{100 * share:.0f}</text>'
+            )
     side = CELL_LABELS + CELL * len(classes) + 1
+    for number in range(len(classes) + 1):
+        line = CELL_LABELS + CELL * number
+        parts.append(f'<path d="M{CELL_LABELS} {line}H{side}" stroke="#8885"/>')
+        parts.append(f'<path d="M{line} {CELL_LABELS}V{side}" stroke="#8885"/>')
     head = (
         '<svg xmlns="http://www.w3.org/2000/svg" role="img" fill="none" '
         f'viewBox="0 0 {side} {side}" style="width:{side}px" '
@@ -3545,10 +3559,10 @@ def main(args: argparse.Namespace) -> None:
     image_size = settings.image_size
 
     if args.predict is not None:
-        scores = choose_scores(args.score, networks)
+        score_names = choose_scores(args.score, networks)
         image_size = args.image_size or trained_size(checkpoint)
         print(prediction_sentence(args.image_size, image_size), flush=True)
-        predict_files(networks, args.predict, args.out, image_size, scores, inference)
+        predict_files(networks, args.predict, args.out, image_size, inference, score_names)
         return
 
     dataset = data.open_dataset(

@@ -446,7 +446,7 @@ def test_predict_refuses_what_holds_no_image(tmp_path):
         (Path("/dev/null"), "not on a camera"),
     ):
         with pytest.raises((UsageError, data.DataError)) as error:
-            evaluate.predict_files(networks, source, tmp_path / "out", None, [], INFERENCE)
+            evaluate.predict_files(networks, source, tmp_path / "out", None, INFERENCE, [])
         assert words in str(error.value) and not (tmp_path / "out").exists()
 
 
@@ -481,7 +481,7 @@ def test_large_images_are_predicted_in_tiles(monkeypatch):
 
     def maps(image_size=None):
         scores = ["dudes", "energy"]
-        return evaluate.predict_maps(networks, image, image_size, scores, INFERENCE)
+        return evaluate.predict_maps(networks, image, image_size, INFERENCE, scores)
 
     monkeypatch.setattr(evaluate, "predict", pointwise)
     pixels = np.random.default_rng(0).integers(0, 256, (45, 67, 3)).astype(np.uint8)
