@@ -1159,17 +1159,23 @@ def predict_files(
     scales = {score: value_range.scale() for score, value_range in ranges.items()}
     finish_maps(output_paths, scales)
     write_scales(out / "scales.json", networks.main_name, scales)
-    sizes = [f"{size} ({count})" for size, count in input_sizes.most_common(3)]
-    if len(input_sizes) > 3:
-        sizes.append("...")
-    summary = f"{len(output_paths)} images in {out}; network input {', '.join(sizes)}"
-    if skipped:
-        skipped_names = [path.name for path, _ in skipped[:5]]
-        summary += f"; {len(skipped)} skipped, not images: {', '.join(skipped_names)}"
-    print(summary)
+    print(prediction_summary(out, input_sizes, [path for path, _ in skipped]))
     for score, scale in scales.items():
         ends = f"{three_digits(scale.offset)} to {three_digits(scale.end)}"
         print(f"  {score}: {ends} ({score_unit(score)})")
+
+
+def prediction_summary(out: Path, input_sizes: Counter, skipped: list[Path]) -> str:
+    """How many images were predicted, at which sizes, and what was skipped; input_sizes: number of
+    images by HxW of the network's input."""
+    sizes = [f"{size} ({count})" for size, count in input_sizes.most_common(3)]
+    if len(input_sizes) > 3:
+        sizes.append("...")
+    text = f"{input_sizes.total()} images in {out}; network input {', '.join(sizes)}"
+    if skipped:
+        names = [path.name for path in skipped[:5]]
+        text += f"; {len(skipped)} skipped, not images: {', '.join(names)}"
+    return text
 
 
 def files_to_predict(source: Path) -> tuple[list[Path], Path]:

@@ -20,14 +20,14 @@ Outline
     6. calibration                    ProperScores, CalibrationError, ErrorCalibration
     7. detection                      Detection (of errors, of anomalies), pairs_auroc
     8. components                     ComponentDetection (anomalies found as wholes)
-    9. selective prediction           SelectivePrediction (risk and coverage)
+    9. selective prediction           SelectivePrediction (risk and coverage, thresholds)
     10. rejection                     RejectionCurve (the paper's)
     11. class-wise uncertainty        ClassUncertainty
     12. fidelity                      Fidelity (of the student to the teacher)
     13. comparison                    PairedBootstrap (is one score better than another?)
 
 Every metric keeps these promises; tests/test_metrics_are_exact.py proves them (for components,
-tests/test_anomalies.py):
+tests/test_anomalies.py; for operating points, tests/test_predict_and_thresholds.py):
 
 - It is pooled over all pixels of the split: the figures do not depend on the size or on
   the order of the batches. Nothing is averaged over images or subsampled.
