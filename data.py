@@ -202,11 +202,28 @@ def read_header(kind: str, path: Path) -> Header:
 def read_image(path: Path) -> Image.Image:
     """An image file of any mode as RGB, upright as its EXIF tag says."""
     with open_with_pil("image", path) as image:
-        image = upright(image)
-        if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
-            grey = (np.asarray(image) >> 8).clip(0, 255)
-            image = Image.fromarray(grey.astype(np.uint8))
-        return image.convert("RGB")
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened image of any mode as RGB, upright as its EXIF tag says."""
+    image = upright(image)
+    if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
+        grey = (np.asarray(image) >> 8).clip(0, 255)
+        image = Image.fromarray(grey.astype(np.uint8))
+    return image.convert("RGB")
+
+
+def from_array(pixels: np.ndarray) -> Image.Image:
+    """The image of RGB values uint8 [H, W, 3]; DataError at any other array."""
+    pixels = np.asarray(pixels)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        shape = list(pixels.shape)
+        raise DataError(
+            f"an array of {pixels.dtype} {shape} is no image; pass RGB as uint8 [H, W, 3], or a "
+            "PIL image"
+        )
+    return Image.fromarray(pixels)
 
 
 def read_mask(path: Path, colours: Sequence[tuple] = ()) -> Image.Image:
@@ -686,7 +703,8 @@ class SegmentationDataset(Dataset):
         hold_out: names of the classes that were taken out, see `remove_classes`.
         image_size: (H, W) of the network's input; None for each image's own size.
         mask_colours: of masks that are colour pictures, the RGB of each raw value; else empty.
-        mask_sizes: (H, W) of every mask, once `check_headers` has looked at the files.
+        mask_sizes: (H, W) of every mask, once `check_headers` has looked at the files; of drawn
+            scenes from the beginning.
         left_out: see `SplitFiles`.
         class_file: the file that names the classes; None where the layout does.
         allowed_values: bool [256], which raw values may occur in a mask.
@@ -774,6 +792,22 @@ class SegmentationDataset(Dataset):
         heights = [height for height, _ in self.mask_sizes]
         widths = [width for _, width in self.mask_sizes]
         return max(heights), max(widths)
+
+    def network_size(self) -> Size:
+        """(H, W) at which a network gets to know the things in this split's images.
+
+        That is `image_size` or, where the images keep their own sizes, the median of their heights
+        and that of their widths. Random scales are around it, and crops are parts of it.
+        """
+        if self.image_size is not None:
+            height, width = self.image_size
+            return height, width
+        if not self.mask_sizes:
+            self.check_headers()
+        heights = sorted(height for height, _ in self.mask_sizes)
+        widths = sorted(width for _, width in self.mask_sizes)
+        middle = len(self.mask_sizes) // 2
+        return heights[middle], widths[middle]
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
         """Sample `index` at native size: the RGB image and the mask's raw values."""
@@ -2005,11 +2039,9 @@ class SyntheticScenes(SegmentationDataset):
             raise DataError(f"the synthetic data set has no split {split!r}; choose train or val")
         names = [f"{split}_{index:04d}" for index in range(SYNTHETIC_SPLITS[split])]
         super().__init__("synthetic", CAMVID_CLASSES, None, [], [], names, image_size)
+        self.mask_sizes = [SYNTHETIC_SIZE] * len(names)
         self.split = split
         self.drawn = {}  # what was drawn once is kept
-
-    def largest_mask(self) -> Size:
-        return SYNTHETIC_SIZE
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
         if not 0 <= index < len(self):

@@ -201,16 +201,84 @@ def predict(
     if networks.student is not None:
         with autocast(images.device, amp):
             logits, uncertainty = networks.student(images, size)
-        num_classes = logits.shape[1]
-        probs = logits.softmax(dim=1)
-        scores = {}
-        for channel, measure in enumerate(networks.measures):
-            scale = 1.0
-            if measure != ERROR:
-                scale = MEASURES[measure].scale(num_classes)
-            scores[student_score(measure)] = uncertainty[:, channel] * scale
-        outputs["student"] = Output(probs, scores | metrics.free_scores(logits, probs))
+        outputs["student"] = student_output(logits, uncertainty, networks.measures)
     return outputs
+
+
+def student_output(logits: Tensor, uncertainty: Tensor | None, measures: Sequence[str]) -> Output:
+    """A student's probabilities, and its scores: of each measure that it learned, in the measure's
+    own unit, and the free ones.
+
+    logits [B, C, H, W]; uncertainty [B, T, H, W], a channel per measure, None without measures.
+    """
+    probs = logits.softmax(dim=1)
+    scores = {}
+    for channel, measure in enumerate(measures):
+        scale = 1.0
+        if measure != ERROR:
+            scale = MEASURES[measure].scale(logits.shape[1])
+        scores[student_score(measure)] = uncertainty[:, channel] * scale
+    return Output(probs, scores | metrics.free_scores(logits, probs))
+
+
+class Predictor(nn.Module):
+    """A network, in eval mode, with a name for everything that it predicts: see `load_model`.
+
+    Attributes: classes, palette, measures and image_size, those of `model.DeepLabV3`.
+    """
+
+    def __init__(self, network: model.DeepLabV3):
+        super().__init__()
+        self.network = network
+        self.classes = network.classes
+        self.palette = network.palette
+        self.measures = network.measures
+        self.image_size = network.image_size
+        self.eval()
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """What the network predicts for RGB images [B, 3, H, W], uint8 or float in [0, 1].
+
+        `classes` uint8 [B, H, W], `probabilities` float32 [B, C, H, W], and every score of
+        `student_output` float32 [B, H, W]. --export writes this function.
+        """
+        logits, uncertainty = self.network(images)
+        output = student_output(logits, uncertainty, self.measures)
+        classes = model.predicted_class(output.probs).to(torch.uint8)
+        return {"classes": classes, "probabilities": output.probs} | output.scores
+
+    def as_student(self) -> Networks:
+        """This network as that which the functions of this module evaluate."""
+        return Networks(self.network, None, self.measures, self.classes, self.palette)
+
+    @torch.inference_mode()
+    def predict(self, image: Image.Image | np.ndarray) -> "Maps":
+        """The classes uint8 [H, W] and, by name, the scores float32 [H, W] of one image.
+
+        image: a PIL image of any mode, which is set upright as its EXIF tag says, or RGB values
+        uint8 [H, W, 3]. Of any size: it is resized in proportion to what the network was trained
+        for, and the maps have its own size, all as `evaluate.py --predict` does. Raises DataError
+        where an array is no image.
+        """
+        if isinstance(image, Image.Image):
+            image = data.to_rgb(image)
+        else:
+            image = data.from_array(image)
+        networks = self.as_student()
+        inference = InferenceSettings(self.network.rgb_mean.device, amp="off")
+        return predict_maps(networks, image, self.image_size, inference, scores_of(networks))
+
+
+def load_model(path: str | Path) -> Predictor:
+    """The network of a checkpoint, in eval mode, on the CPU, with a name for what it predicts.
+
+        student = load_model("ckpts/student.pt")
+        classes, scores = student.predict(Image.open("photo.jpg"))
+
+    It is that of `model.load_model`, which knows logits and channels alone: what they stand for is
+    in metrics.py, of which model.py knows nothing. Raises ModelError if it is unusable.
+    """
+    return Predictor(model.load_model(path))
 
 
 def scores_by_key(outputs: dict[str, Output]) -> dict[str, Tensor]:
@@ -1094,18 +1162,6 @@ def choose_scores(named: list[str] | None, networks: Networks) -> list[str]:
                 f"choose of {', '.join(valid)}"
             )
     return list(dict.fromkeys(named))  # each once
-
-
-def trained_size(checkpoint: dict) -> tuple[int, int] | None:
-    """(H, W) of the images that a network was trained on; None: it saw crops of images at their own
-    size, or these whole."""
-    config = checkpoint["config"]
-    if config.get("image_size"):
-        height, width = config["image_size"]
-        return height, width
-    if config.get("dataset") == "synthetic":
-        return data.SYNTHETIC_SIZE
-    return None
 
 
 @torch.inference_mode()
@@ -3444,7 +3500,7 @@ def resolve(args: argparse.Namespace, checkpoint: dict, device: torch.device) ->
         dataset=dataset,
         data=folder,
         split=args.split,
-        image_size=args.image_size or config["image_size"],
+        image_size=args.image_size or trained.get("image_size"),
         hold_out=config["hold_out"],
         ood=ood,
         distillation=distillation or None,
@@ -3566,7 +3622,7 @@ def main(args: argparse.Namespace) -> None:
 
     if args.predict is not None:
         score_names = choose_scores(args.score, networks)
-        image_size = args.image_size or trained_size(checkpoint)
+        image_size = args.image_size or model.trained_size(checkpoint)
         print(prediction_sentence(args.image_size, image_size), flush=True)
         predict_files(networks, args.predict, args.out, image_size, inference, score_names)
         return

@@ -13,6 +13,9 @@ features, or `ConfidenceHead`, which adds to that what the student's own softmax
     from model import load_model
     network = load_model("ckpts/student.pt")           # eval mode, on the CPU
     logits, uncertainty = network(images)              # uint8 RGB [B, 3, H, W]
+    network.classes, network.palette, network.measures, network.image_size
+
+evaluate.py's `load_model` gives the same network with a name for everything that it predicts.
 
 Outline:
     the network         DeepLabV3 and its parts
@@ -59,6 +62,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Size = tuple[int, int]  # height, width in pixels
+RGB = tuple[int, int, int]
 
 
 class ModelError(ValueError):
@@ -87,6 +91,10 @@ class DeepLabV3(nn.Module):
     rgb_mean, rgb_std: of the values in [0, 1], with which the network normalises its input.
     head: one of `HEADS`, which predicts the uncertainties.
 
+    Attributes that `build_model` fills in, for whoever uses the network:
+        classes, palette: the names of the classes, and their colours.
+        image_size: (H, W) of the images that it was trained for, see `trained_size`; or None.
+
     The parameters keep torchvision's names, `backbone.*` and `classifier.*`, so that
     its weights fit. Raises ModelError at an unknown backbone or head.
     """
@@ -102,6 +110,10 @@ class DeepLabV3(nn.Module):
     ):
         super().__init__()
         self.num_classes = num_classes
+        self.measures = tuple(measures)
+        self.classes: tuple[str, ...] = ()
+        self.palette: tuple[RGB, ...] = ()
+        self.image_size: Size | None = None
         self.backbone, channels = build_backbone(backbone)
         # DeepLabHead is a Sequential that cannot be sliced, so its layers go into a
         # list: ASPP, 3x3 convolution, batch norm, ReLU, classifier.
@@ -124,11 +136,15 @@ class DeepLabV3(nn.Module):
     def forward(self, images: Tensor, size: Size | None = None) -> Prediction:
         """Predictions for RGB images [B, 3, h, w], uint8 or float in [0, 1].
 
-        The predictions have `size` (H, W), by default that of the images.
+        The predictions have `size` (H, W), by default that of the images. Raises ModelError, in
+        eval mode, where images that are not uint8 leave [0, 1].
         """
         size = size or images.shape[-2:]
         if images.dtype == torch.uint8:
             images = images.float() / 255
+        elif not self.training and not torch.compiler.is_compiling():
+            # This waits for a GPU. This project's own images are uint8, which need no look.
+            check_range(images)
         normalised = (images - self.rgb_mean) / self.rgb_std
         features = self.backbone(normalised)  # [B, channels, h/s, w/s], output stride s 8 or 16
         for layer in self.classifier[:-1]:
@@ -166,6 +182,9 @@ class AtrousConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, h, w] -> [B, out, h, w]."""
+        if torch.compiler.is_exporting():
+            # An exported graph has one path for all sizes.
+            return super().forward(x)
         height, width = x.shape[-2:]
         weight = self.weight  # [out, in, 3, 3]
         padding_y, padding_x = self.dilation  # a 3x3 convolution keeps the size so
@@ -179,6 +198,16 @@ class AtrousConv2d(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, padding=padding, dilation=self.dilation)
 
 
+def check_range(images: Tensor) -> None:
+    """Raises ModelError where float images leave [0, 1] by more than an interpolation rounds."""
+    lowest, highest = images.aminmax()
+    if not (lowest >= -1e-3 and highest <= 1 + 1e-3):  # so that NaN is refused too
+        raise ModelError(
+            f"images hold values from {lowest:g} to {highest:g}; pass RGB as uint8, or as float "
+            "in [0, 1], not normalised: the network does that"
+        )
+
+
 def upsample(x: Tensor, size: Size) -> Tensor:
     """Bilinear interpolation (corners not aligned) of float32 [B, C, h, w] to [B, C, H, W].
 
@@ -186,6 +215,9 @@ def upsample(x: Tensor, size: Size) -> Tensor:
     products. Their gradients are products too, which is faster than scattering and,
     unlike that of F.interpolate on a GPU, deterministic.
     """
+    if torch.compiler.is_exporting():
+        # Of an exported graph every runtime knows this operation, and no gradients are asked.
+        return F.interpolate(x, size=size, mode="bilinear")
     rows = interpolation_matrix(x.shape[-2], size[0], x.device)  # [H, h]
     columns = interpolation_matrix(x.shape[-1], size[1], x.device)  # [W, w]
     return rows @ (x @ columns.T)
@@ -576,14 +608,16 @@ UNREADABLE = (
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
-def save_atomically(path: str | Path, content: dict | str) -> None:
-    """Write tensors, or a text; a reader finds the old file or the new one.
+def save_atomically(path: str | Path, content: dict | str | bytes) -> None:
+    """Write tensors, a text or bytes; a reader finds the old file or the new one.
 
     A text is UTF-8. A name of a file that was no UTF-8 has characters that UTF-8 lacks: "?".
     """
     path = Path(path)
     if isinstance(content, str):
         data = content.encode("utf-8", errors="replace")
+    elif isinstance(content, bytes):
+        data = content
     else:
         # To memory first: on a full disk torch.save raises a RuntimeError, write() an OSError.
         buffer = io.BytesIO()
@@ -691,7 +725,24 @@ def build_model(checkpoint: dict, path: str | Path) -> DeepLabV3:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path}: its weights do not fit its configuration ({reason})") from error
+    network.classes = tuple(config["classes"])
+    network.palette = tuple(tuple(colour) for colour in config.get("palette", ()))
+    network.image_size = trained_size(checkpoint)
     return network.eval()
+
+
+def trained_size(checkpoint: dict) -> Size | None:
+    """(H, W) of the images that a checkpoint's network was trained for.
+
+    That is what its configuration says under `image_size`: --image-size or, for a network that
+    was trained at its images' own sizes, the median of these. Older checkpoints leave the latter
+    open: theirs is the crop of the training. None where even that is missing.
+    """
+    size = checkpoint["config"].get("image_size") or checkpoint["args"].get("crop_size")
+    if not size:
+        return None
+    height, width = size
+    return height, width
 
 
 def load_model(path: str | Path) -> DeepLabV3:
@@ -746,10 +797,14 @@ def load_ensemble(teacher: list[str | Path], mc_samples: int = 0) -> tuple[Ensem
     for path, checkpoint in zip(files, checkpoints, strict=True):
         members.append(build_model(checkpoint, path))
     description = {key: value for key, value in checkpoints[0].items() if key != "model"}
-    trained = [[checkpoint["args"], checkpoint.get("metrics")] for checkpoint in checkpoints]
-    digest = hashlib.sha256(json.dumps(trained).encode()).hexdigest()
-    description["identity"] = digest[:16]
+    description["identity"] = identity_of(checkpoints)
     return Ensemble(members, mc_samples), description
+
+
+def identity_of(checkpoints: list[dict]) -> str:
+    """Sixteen digits that tell how networks were trained, and what came of it."""
+    trained = [[checkpoint["args"], checkpoint.get("metrics")] for checkpoint in checkpoints]
+    return hashlib.sha256(json.dumps(trained).encode()).hexdigest()[:16]
 
 
 def refuse_missing_members(folder: Path, files: list[Path], checkpoints: list[dict]) -> None:
@@ -767,15 +822,23 @@ def refuse_missing_members(folder: Path, files: list[Path], checkpoints: list[di
 
 def refuse_unlike_members(files: list[Path], checkpoints: list[dict]) -> None:
     """Raises ModelError where two members cannot be averaged."""
-    reference = checkpoints[0]["config"]
+    reference = what_has_to_agree(checkpoints[0])
     for path, checkpoint in zip(files, checkpoints, strict=True):
-        for key in ("backbone", "classes", "dataset", "hold_out", "image_size"):
-            value = checkpoint["config"][key]
+        for key, value in what_has_to_agree(checkpoint).items():
             if value != reference[key]:
                 raise ModelError(
                     f"{path} has {key} {value}, but {files[0]} has {reference[key]}: they are no "
                     "ensemble"
                 )
+
+
+def what_has_to_agree(checkpoint: dict) -> dict:
+    """What the members of an ensemble have in common."""
+    config = checkpoint["config"]
+    same = {key: config[key] for key in ("backbone", "classes", "dataset", "hold_out")}
+    # The flag: in the configuration, older members leave the images' own size open.
+    same["image_size"] = checkpoint["args"].get("image_size")
+    return same
 
 
 # -------------------------------------------------------------------------------------- the machine

@@ -998,7 +998,7 @@ def build_config(dataset: data.SegmentationDataset, flags: TrainingFlags, member
         "palette": [list(colour) for colour in dataset.palette],
         "dataset": flags.dataset,
         "hold_out": list(flags.hold_out),
-        "image_size": list(flags.image_size) if flags.image_size else None,
+        "image_size": list(dataset.network_size()),
         "normalisation": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
         "measures": [],
         "members": members,
