@@ -4,18 +4,21 @@
     python evaluate.py --student ckpts/student.pt --teacher ckpts/ --ood pasted --benchmark
     python evaluate.py --student ckpts/student.pt --predict photos/     # maps of one's own pictures
     python evaluate.py --predict photo.jpg --score msp entropy          # of these scores
+    python evaluate.py --export student.pt2      # a network that needs nothing of this project
 
 Everything is pooled over all labelled pixels of the split at their native size (metrics.py has the
 definitions); member 0, the teacher and the student see the same pixels in the same pass.
 
 Outline, one section per line:
 
-    networks and their scores             Networks, predict: probabilities and scores by name
+    networks and their scores             Networks, predict: probabilities and scores by name;
+                                          load_model: a student for a program of one's own
     measure: the labelled split           validate (for training), evaluate_split
     measure: anomalies                    evaluate_ood: by pixels, by components, by images
     measure: worth more than free?        compare_with_free: distilled scores and free ones
     measure: time and memory              benchmark
     predict: maps of one's own images     predict_files, in tiles where an image is large
+    export: a network leaves home         export_network: .pt2 and .onnx
     pictures                              colours, panels, what is rejected
     charts                                line_chart, confusion_chart, chart_sheet: SVG by hand
     report: tables                        what the terminal and the page both show
@@ -38,6 +41,7 @@ import contextlib
 import ctypes
 import errno
 import html
+import importlib.util
 import io
 import itertools
 import json
@@ -1475,6 +1479,154 @@ def with_scale_bar(pixels: np.ndarray, scale: MapScale, score: str) -> Image.Ima
     unit_top = top + text_height + margin // 2
     draw.text((sheet_width / 2, unit_top), score_unit(score), fill=INK, anchor="ma")
     return sheet
+
+
+# ----------------------------------------------------------------- export: a network leaves home
+
+EXPORT_SUFFIXES = (".pt2", ".onnx")
+METADATA = "metadata.json"  # the name of the metadata in a .pt2 file, and of ONNX's property
+LARGEST_BATCH = 1024  # images
+SMALLEST_SIDE = 32  # pixels
+LARGEST_SIDE = 8192  # pixels
+
+
+def export_network(student: Path, path: Path, results_file: Path) -> None:
+    """--export: write a checkpoint's network to a file that needs nothing of this project.
+
+    A .pt2 file is what torch.export.load reads, an .onnx file is for every runtime of ONNX. Both
+    are the graph of `Predictor.forward`. results_file: metrics.json, whose operating points go
+    into the metadata if they are this network's.
+    """
+    check_export_path(path)
+    checkpoint = model.read_checkpoint(student)
+    predictor = Predictor(model.build_model(checkpoint, student))
+    thresholds = find_thresholds(results_file, model.identity_of([checkpoint]))
+    metadata = export_metadata(predictor, checkpoint, thresholds)
+    text = json.dumps(metadata, indent=1)
+
+    program = trace_for_any_size(predictor)
+    if path.suffix == ".pt2":
+        content = pt2_file(program, text)
+    else:
+        content = onnx_file(program, list(metadata["outputs"]), text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model.save_atomically(path, content)
+    print(f"{path}: {len(content) / 1e6:.0f} MB")
+    print(f"  in: {metadata['input']}")
+    print(f"  out: {', '.join(metadata['outputs'])}")
+    if predictor.image_size is not None:
+        height, width = predictor.image_size
+        print(f"  trained for images of {height}x{width}: resize yours to about that height")
+    print(f"  operating points: {thresholds['operating_points_from']}")
+
+
+def check_export_path(path: Path) -> None:
+    """Raise UsageError where no network can be exported to that file."""
+    if path.suffix not in EXPORT_SUFFIXES:
+        raise UsageError(
+            f"--export {path}: name a file that ends in {' or '.join(EXPORT_SUFFIXES)}"
+        )
+    if path.suffix == ".onnx":
+        packages = ("onnx", "onnxscript")
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UsageError(
+                f"--export {path} needs {' and '.join(missing)}, which this Python lacks; run "
+                "python -m pip install onnx onnxscript, or export a .pt2 file"
+            )
+
+
+def trace_for_any_size(predictor: Predictor) -> torch.export.ExportedProgram:
+    """The graph of `Predictor.forward` for uint8 images, of any batch, height and width."""
+    dims = {
+        0: torch.export.Dim("batch", min=1, max=LARGEST_BATCH),
+        2: torch.export.Dim("height", min=SMALLEST_SIDE, max=LARGEST_SIDE),
+        3: torch.export.Dim("width", min=SMALLEST_SIDE, max=LARGEST_SIDE),
+    }
+    # A batch of one, or a square, would be taken for the only possibility.
+    example = torch.zeros(2, 3, 64, 96, dtype=torch.uint8)
+    with torch.no_grad():
+        return torch.export.export(predictor, (example,), dynamic_shapes=(dims,))
+
+
+def pt2_file(program: torch.export.ExportedProgram, metadata: str) -> bytes:
+    """The content of a .pt2 file; its extra file `METADATA` holds the metadata."""
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={METADATA: metadata})
+    return buffer.getvalue()
+
+
+def onnx_file(program: torch.export.ExportedProgram, outputs: list[str], metadata: str) -> bytes:
+    """The content of an .onnx file; its metadata property `METADATA` holds the metadata."""
+    exported = torch.onnx.export(
+        program, input_names=["images"], output_names=outputs, verbose=False
+    )
+    exported.model.metadata_props[METADATA] = metadata
+    return exported.model_proto.SerializeToString()
+
+
+def export_metadata(predictor: Predictor, checkpoint: dict, thresholds: dict) -> dict:
+    """What a user of an exported network has to know, for JSON; thresholds, see `find_thresholds`."""
+    outputs = {
+        "classes": "uint8 [B, H, W], the number of the most probable class",
+        "probabilities": "float32 [B, C, H, W], 0 to 1",
+    }
+    for score in scores_of(predictor.as_student()):
+        outputs[score] = f"float32 [B, H, W], {score_unit(score)}"
+    return {
+        "input": f"uint8 RGB [B, 3, H, W], B 1 to {LARGEST_BATCH}, H and W {SMALLEST_SIDE} to "
+        f"{LARGEST_SIDE}",
+        "outputs": outputs,
+        "image_size": predictor.image_size,
+        "classes": predictor.classes,
+        "palette": predictor.palette,
+        "measures": predictor.measures,
+        "config": checkpoint["config"],
+        "versions": {"trained": checkpoint.get("versions"), "exported": model.versions()},
+    } | thresholds
+
+
+def find_thresholds(results_file: Path, identity: str) -> dict:
+    """What a metrics.json says about thresholds on the scores of the student of this identity.
+
+    Keys: operating_points and recommended, as there; operating_points_from, the file and the
+    images that they were chosen on or, where the file is missing or another student's, why there
+    are none.
+    """
+    nothing = {"operating_points": {}, "recommended": None}
+    advice = "evaluate this student first, with the same --out"
+    if not results_file.is_file():
+        return nothing | {"operating_points_from": f"none, no {results_file}; {advice}"}
+    try:
+        results = json.loads(results_file.read_text(encoding="utf-8"))
+        protocol = results["protocol"]
+        if protocol["student_identity"] != identity:
+            raise KeyError(identity)
+        points = results["operating_points"]
+    except (ValueError, KeyError, TypeError):
+        return nothing | {
+            "operating_points_from": f"none, {results_file} is not of this student; {advice}"
+        }
+    images = f"{protocol['dataset']} {protocol['split']}, {protocol['images']} images"
+    return {
+        "operating_points": points,
+        "recommended": results.get("recommended"),
+        "operating_points_from": f"{results_file}: {images}",
+    }
+
+
+def refuse_beside_export(args: argparse.Namespace) -> None:
+    """Raise UsageError at a flag that would have no effect beside --export."""
+    parser = get_args_parser()
+    for name, value in vars(args).items():
+        without_effect = name not in ("export", "student", "out")
+        if name == "device":
+            without_effect = value not in ("auto", "cpu")
+        if without_effect and value != parser.get_default(name):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"--export writes the network of --student, on the CPU; leave out {flag}"
+            )
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -3612,6 +3764,13 @@ def main(args: argparse.Namespace) -> None:
         text = f"evaluate.py works in one process: of torchrun's {world} the others have ended"
         print(f"note: {text}", file=sys.stderr)
 
+    # ---------------------------------------------------------------- a network leaves home
+    if args.export is not None:
+        refuse_beside_export(args)
+        student = args.student or Path("ckpts/student.pt")
+        export_network(student, args.export, args.out / "metrics.json")
+        return
+
     # ---------------------------------------------------------------- networks and data
     device = choose_device(args.device)
     files = find_networks(args.student, args.teacher, args.mc_samples)
@@ -3667,6 +3826,8 @@ def main(args: argparse.Namespace) -> None:
         warn_beyond_float16(settings.split, results["uncertainty"])
         labelled_pixels = results["segmentation"][networks.main_name]["n"]
         protocol = run_protocol(settings, files, networks, dataset, labelled_pixels)
+        if networks.student is not None:
+            protocol["student_identity"] = model.identity_of([checkpoint])
         protocol["ood"] = {}
 
         # metrics.json is written now and after each of these steps, which may take hours and fail.
@@ -3823,6 +3984,13 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="the scores that --predict maps, as metrics.json calls them (default: msp, and the "
         "std: dudes of the student, std of the teacher)",
+    )
+    group.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="only write the student, for use without this project: FILE.pt2 for PyTorch, "
+        "FILE.onnx for ONNX, which needs the packages onnx and onnxscript",
     )
     group.add_argument(
         "--benchmark",
