@@ -1566,7 +1566,7 @@ def onnx_file(program: torch.export.ExportedProgram, outputs: list[str], metadat
 
 
 def export_metadata(predictor: Predictor, checkpoint: dict, thresholds: dict) -> dict:
-    """What a user of an exported network has to know, for JSON; thresholds, see `find_thresholds`."""
+    """What a user of an exported network has to know, for JSON; thresholds: `find_thresholds`."""
     outputs = {
         "classes": "uint8 [B, H, W], the number of the most probable class",
         "probabilities": "float32 [B, C, H, W], 0 to 1",

@@ -348,7 +348,7 @@ def test_predict_writes_maps_on_one_scale(trained, predict_with, tmp_path):
     code, text, _ = predict_with(photos, "--score", "msp", "max_logit", "msp")
     out = tmp_path / "out"
     assert code == 0 and "3 images in" in text and "1 skipped, not images: notes.txt" in text
-    assert "each image at its own size" in text and "30x50 (1)" in text
+    assert "trained at 40x56" in text and "40x67 (1)" in text
     classes = Image.open(out / "a_classes.png")
     assert classes.mode == "P" and classes.size == (50, 30) and np.asarray(classes).max() < 4
     assert Image.open(out / "c_overlay.png").size == (1, 1)
@@ -362,14 +362,15 @@ def test_predict_writes_maps_on_one_scale(trained, predict_with, tmp_path):
     student = load_model(trained[1] / "student.pt")
     highest = {"msp": 0.0, "max_logit": -100.0}
     for name in "ab":
-        image = data.to_input(data.read_image(photos / f"{name}.png"), None)
+        photo = data.read_image(photos / f"{name}.png")
+        image = data.to_input(photo, data.proportional_size(photo, (40, 56)))
         with torch.inference_mode():
-            logits = student(image[None]).logits
+            logits = student(image[None], (photo.height, photo.width)).logits
         for score, values in metrics.free_scores(logits, logits.softmax(1)).items():
             if score not in highest:
                 continue
             picture = Image.open(out / f"{name}_{score}16.png")
-            assert picture.mode.startswith("I;16") and picture.size == image.shape[:0:-1]
+            assert picture.mode.startswith("I;16") and picture.size == photo.size
             scale = scales["scores"][score]
             assert float(picture.text["scale"]) == scale["scale"]
             decoded = scale["offset"] + np.asarray(picture) / 65535 * scale["scale"]
@@ -388,10 +389,8 @@ def test_predict_runs_at_the_size_of_the_training(trained, command, tmp_path):
     """A network of 96x144 scenes ran on photographs at their own size, which gave nonsense."""
     photos = save_photos(tmp_path / "photos", a=(60, 120))
     checkpoint = torch.load(trained[1] / "student.pt", weights_only=True)
-    assert evaluate.trained_size(checkpoint) is None  # crops of images at their own size
-    assert evaluate.trained_size({"config": {"dataset": "synthetic"}}) == (96, 144)
+    assert checkpoint["config"]["image_size"] == [40, 56]  # crops of images at their own size
     checkpoint["config"]["image_size"] = [20, 28]
-    assert evaluate.trained_size(checkpoint) == (20, 28)
     torch.save(checkpoint, tmp_path / "student.pt")
     flags = ["--student", tmp_path / "student.pt", "--device", "cpu", "--predict", photos]
     flags += ["--out", tmp_path / "out"]
