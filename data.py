@@ -809,6 +809,12 @@ class SegmentationDataset(Dataset):
         middle = len(self.mask_sizes) // 2
         return heights[middle], widths[middle]
 
+    def has_one_size(self) -> bool:
+        """Whether all masks of the split have the same size, and so all inputs of the network."""
+        if not self.mask_sizes:
+            self.check_headers()
+        return len(set(self.mask_sizes)) <= 1  # drawn scenes have one size and no files
+
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
         """Sample `index` at native size: the RGB image and the mask's raw values."""
         if self.decoded is not None:

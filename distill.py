@@ -603,6 +603,7 @@ def train_student(
         device=flags.device,
         amp=flags.amp,
         teacher_target=targets.for_validation,
+        one_size=flags.compile and val_set.has_one_size(),
     )
     weights, entry = fit(student, optimizer, loss_fn, train_loader, validation, flags, path)
     config = build_config(train_set, flags, members=1)

@@ -351,6 +351,7 @@ def validate(
     device: torch.device,
     amp: str,
     teacher_target: Callable | None = None,
+    one_size: bool = False,
 ) -> dict:
     """How well `network` does on the images of an `evaluation_loader`, while it is trained.
 
@@ -358,6 +359,9 @@ def validate(
     process group over the images of all processes. teacher_target(images, (H, W), index) returns
     the teacher's measure [B, H, W]; if it is given, the result also has `metrics.Fidelity` of the
     student's first uncertainty, as fidelity_rmse, fidelity_pearson and so on.
+
+    A compiled network runs compiled where all images and labels have one size, and eagerly
+    otherwise: every size would be compiled anew, which takes longer than it saves.
     """
     network.eval()
     confusion = metrics.ConfusionMatrix(network.num_classes)
@@ -366,7 +370,10 @@ def validate(
         images = images.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
         size = labels.shape[-2:]
-        with autocast(device, amp):
+        # The last, smaller batch has another size too.
+        run_compiled = one_size and len(images) == loader.batch_size
+        stance = "default" if run_compiled else "force_eager"
+        with torch.compiler.set_stance(stance), autocast(device, amp):
             logits, uncertainty = network(images, size)
         confusion.update(model.predicted_class(logits), labels)
         if teacher_target is not None:

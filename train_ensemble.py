@@ -394,8 +394,9 @@ def fit(
     """Train `model`; returns the weights to keep, on the CPU, and their epoch's log entry.
 
     loss_fn(model, batch) returns the loss and a dictionary of what to log; validation(model)
-    returns what `evaluate.validate` does. The state of the running training lies in
-    `path`.state and is taken up if it is there; `path`.jsonl gets one JSON line per epoch.
+    returns what `evaluate.validate` does. Both get a compiled model with --compile. The state of
+    the running training lies in `path`.state and is taken up if it is there; `path`.jsonl gets
+    one JSON line per epoch.
 
     Raises UsageError where the loss is not finite or the state belongs to another command;
     SystemExit 130 or 143, after saving, where a signal asks for it.
@@ -403,8 +404,11 @@ def fit(
     scaler = torch.amp.GradScaler(flags.device.type, enabled=flags.amp == "fp16")
     state = load_state(path.with_suffix(".state"), model, optimizer, scaler, flags)
     wrapped_model = wrap_for_group(model, flags.device)
+    validated_model = model  # validation needs no gradients, so nothing that a group wraps around
     if flags.compile:
         wrapped_model = torch.compile(wrapped_model, dynamic=False)
+        # Another graph than that of the training. Both are kept, whichever mode comes next.
+        validated_model = torch.compile(model, dynamic=False)
     image_names = train_loader.dataset.dataset.names  # of the data set behind the views
 
     with noted_signals() as signals:
@@ -416,7 +420,7 @@ def fit(
             results = {}
             is_last_epoch = state.epoch + 1 == flags.epochs
             if (state.epoch + 1) % flags.validate_every == 0 or is_last_epoch:
-                results = validation(model)
+                results = validation(validated_model)
             finish_epoch(run, results, progress, flags.select)
             save_state(run, flags)
             stop_if_signalled(run, flags)
@@ -1123,7 +1127,11 @@ def train_member(
         views = data.TrainingViews(train_set, flags.crop_size, flags.scale, stream.view_seeds)
         train_loader, val_loader = build_loaders(flags, views, val_set)
         validation = functools.partial(
-            validate, loader=val_loader, device=flags.device, amp=flags.amp
+            validate,
+            loader=val_loader,
+            device=flags.device,
+            amp=flags.amp,
+            one_size=flags.compile and val_set.has_one_size(),
         )
         weights, entry = fit(
             model, optimizer, segmentation_loss, train_loader, validation, flags, path

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -746,7 +746,12 @@ NUM_CLASSES = 19
 TEACHER_MEMBERS = 2
 WARM_UP_STEPS = 3
 # What a compiled network has to reach of the ceiling.
-WANTED_SHARES = {"training step": 0.50, "distilling step": 0.50, "forward pass": 0.55}
+WANTED_SHARES = {
+    "training step": 0.50,
+    "distilling step": 0.50,
+    "forward pass": 0.55,
+    "validation": 0.50,  # a forward pass, and the confusion matrix of its pixels
+}
 
 
 class Setting(NamedTuple):
@@ -762,6 +767,11 @@ class Setting(NamedTuple):
     @property
     def image_size(self) -> tuple[int, int]:
         return self.side, self.side
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Of the whole images of a validation, as 1024 x 2048 are to crops of 768 x 768."""
+        return self.side * 4 // 3, self.side * 8 // 3
 
 
 def paper_setting(device: torch.device) -> Setting:
@@ -918,10 +928,51 @@ def build_forward(setting: Setting, compiled: bool) -> Callable[[int, bool], Non
     return forward
 
 
+class RepeatedFrames:
+    """As `data.evaluation_loader`: the same batch `steps` times, and one image more if asked."""
+
+    def __init__(self, setting: Setting, steps: int, smaller_last: bool):
+        self.batch_size = setting.batch_size
+        self.steps = steps
+        self.smaller_last = smaller_last
+        count = setting.batch_size
+        self.batch = data.EvalSample(
+            image=torch.randint(0, 256, (count, 3, *setting.frame_size), dtype=torch.uint8),
+            labels=torch.randint(0, NUM_CLASSES, (count, *setting.frame_size), dtype=torch.uint8),
+            index=torch.arange(count),
+        )
+        if setting.device.type == "cuda":
+            pinned = [field.pin_memory() for field in self.batch]
+            self.batch = data.EvalSample(*pinned)
+
+    def __iter__(self) -> Iterator[list[data.EvalSample]]:
+        for _ in range(self.steps):
+            yield [self.batch]
+        if self.smaller_last:
+            first = [field[:1] for field in self.batch]
+            yield [data.EvalSample(*first)]
+
+
+def build_validation(setting: Setting, compiled: bool) -> Callable[[int, bool], None]:
+    """The validation of a member between its epochs, on whole images."""
+    member = DeepLabV3(setting.backbone, NUM_CLASSES)
+    member.to(setting.device, memory_format=torch.channels_last)
+    network = torch.compile(member, dynamic=False) if compiled else member
+    loader = RepeatedFrames(setting, 0, False)
+
+    def validate(steps: int, smaller_last: bool) -> None:
+        loader.steps = steps
+        loader.smaller_last = smaller_last
+        evaluate.validate(network, loader, setting.device, setting.amp, one_size=True)
+
+    return validate
+
+
 BUILDERS = {
     "training step": build_member,
     "distilling step": build_student,
     "forward pass": build_forward,
+    "validation": build_validation,
 }
 
 
@@ -938,10 +989,14 @@ def operations_per_image(setting: Setting) -> dict[str, float]:
         forward = counter.get_total_flops() / len(images)
         logits.sum().backward()
     step = counter.get_total_flops() / len(images)
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        network = DeepLabV3(setting.backbone, NUM_CLASSES).eval()
+        network(torch.empty(1, 3, *setting.frame_size, dtype=torch.uint8))
     return {
         "training step": step,
         "distilling step": step + TEACHER_MEMBERS * forward,
         "forward pass": forward,
+        "validation": counter.get_total_flops(),
     }
 
 
@@ -954,25 +1009,33 @@ def compiled_graphs() -> int:
 def noted_waits(device: torch.device) -> Iterator[list[str]]:
     """The places in the code, once for each time, at which the host waits for the GPU meanwhile.
 
-    Where the loop looks at its losses, once in twenty steps and at the end of an epoch, it has to
-    wait: that is not noted.
+    Where the loop looks at its losses, once in twenty steps and at the end of an epoch, and where
+    a validation ends with its figures, they have to wait: that is not noted.
     """
     places = []
     if device.type != "cuda":
         yield places
         return
-    check_finite = train_ensemble.check_finite
 
-    def check_unnoted(*arguments) -> None:
-        torch.cuda.set_sync_debug_mode("default")
-        check_finite(*arguments)
-        torch.cuda.set_sync_debug_mode("warn")
+    def unnoted(function: Callable) -> Callable:
+        def call(*arguments) -> Any:
+            torch.cuda.set_sync_debug_mode("default")
+            result = function(*arguments)
+            torch.cuda.set_sync_debug_mode("warn")
+            return result
 
+        return call
+
+    look_at_losses = unnoted(train_ensemble.check_finite)
+    read_figures = unnoted(metrics.Accumulator._numpy)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            with mock.patch.object(train_ensemble, "check_finite", check_unnoted):
+            with (
+                mock.patch.object(train_ensemble, "check_finite", look_at_losses),
+                mock.patch.object(metrics.Accumulator, "_numpy", read_figures),
+            ):
                 yield places
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -2,9 +2,11 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from conftest import flags_of, write_folder
+from PIL import Image
 from torch import distributed as dist
 from torch import nn
 
@@ -28,7 +30,8 @@ class Toy(nn.Module):
         self.uncertainty = None
 
     def forward(self, images, size=None):
-        return Prediction(self.classifier(self.backbone(images.float() / 255)), None)
+        logits = self.classifier(self.backbone(images.float() / 255))
+        return Prediction(logits, logits[:, :1].sigmoid())
 
 
 # ------------------------------------------------------------------------------ fp16
@@ -96,15 +99,59 @@ def test_a_training_compiles_once(tmp_path, compiled_graphs):
             data.training_loader(views, 4, 0, CPU),  # 4 + 4 + 2 images: the last batch is smaller
             functools.partial(
                 evaluate.validate,
-                loader=data.evaluation_loader(val_set, 2, 0, CPU),
+                loader=data.evaluation_loader(val_set, 2, 0, CPU),  # 2 + 1 images
                 device=CPU,
                 amp="off",
+                one_size=val_set.has_one_size(),
             ),
             flags,
             tmp_path / f"member_{member:02d}.pt",
         )
-        # one graph for all members, epochs and full batches; none for the smaller batch
-        assert compiled_graphs == [(4, 3, 32, 32)]
+        # One graph for all members, epochs and full batches, one for the full batches of all
+        # their validations; none for the smaller batches.
+        assert compiled_graphs == [(4, 3, 32, 32), (2, 3, 40, 56)]
+
+
+def test_a_validation_of_several_sizes_compiles_nothing(tmp_path, compiled_graphs):
+    folder = write_folder(tmp_path / "data", train=2, val=4)
+    val_set = data.open_dataset("folder", folder, "val")
+    assert val_set.has_one_size()
+    for kind in ("images", "labels"):
+        for number in (2, 3):
+            path = folder / kind / "val" / f"{number}.png"
+            with Image.open(path) as image:
+                smaller = image.crop((0, 0, 32, 24))
+            smaller.save(path)
+    val_set = data.open_dataset("folder", folder, "val")
+    assert not val_set.has_one_size()
+    assert data.open_dataset("synthetic", None, "val").has_one_size()
+
+    network = Toy(len(val_set.classes))
+    loader = data.evaluation_loader(val_set, 2, 0, CPU)
+    compiled = torch.compile(network, dynamic=False)
+    result = evaluate.validate(compiled, loader, CPU, "off", one_size=val_set.has_one_size())
+    assert result["n"] > 0
+    assert compiled_graphs == []
+
+
+def test_a_compiled_validation_gives_the_same_figures(tmp_path):
+    folder = write_folder(tmp_path / "data", train=2, val=3)
+    val_set = data.open_dataset("folder", folder, "val")
+    loader = data.evaluation_loader(val_set, 2, 0, CPU)
+    torch.manual_seed(0)
+    network = Toy(len(val_set.classes))
+
+    def teacher_target(images, size, index):
+        return torch.linspace(0, 0.7, size[0] * size[1]).view(1, *size).repeat(len(images), 1, 1)
+
+    results = []
+    for model in (network, torch.compile(network, backend="aot_eager", dynamic=False)):
+        results.append(evaluate.validate(model, loader, CPU, "off", teacher_target, one_size=True))
+    torch.compiler.reset()
+    eager, compiled = results
+    assert eager.keys() == compiled.keys()
+    for key, value in eager.items():
+        np.testing.assert_allclose(compiled[key], value, rtol=1e-4, err_msg=key)
 
 
 # ------------------------------------------------------------------------------ memory

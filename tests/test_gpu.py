@@ -11,6 +11,7 @@ from benchmarks import Cost, Setting, measure_cost, noted_waits, shortfalls
 from conftest import small, weights
 from torch import nn
 
+import metrics
 import train_ensemble
 from model import DeepLabV3, Ensemble, choose_device
 
@@ -42,9 +43,9 @@ def traced_only(monkeypatch):
 def test_the_benchmark_measures_every_row(traced_only, monkeypatch, capsys):
     monkeypatch.setattr(benchmarks, "WARM_UP_STEPS", 1)
     costs = benchmarks.measure_all(TINY, ceiling=None)
-    names = ["training step", "distilling step", "forward pass"]
+    names = ["training step", "distilling step", "forward pass", "validation"]
     assert [cost.work for cost in costs[::2]] == [cost.work for cost in costs[1::2]] == names
-    assert [cost.compiled for cost in costs] == 3 * [False, True]
+    assert [cost.compiled for cost in costs] == 4 * [False, True]
     for cost in costs:
         assert cost.ms_per_image > 0
         assert cost.recompilations == cost.graph_breaks == 0, cost
@@ -52,8 +53,8 @@ def test_the_benchmark_measures_every_row(traced_only, monkeypatch, capsys):
     capsys.readouterr()
     benchmarks.print_costs(TINY, costs, "a toy")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 + 6  # an empty line, the title, the header
-    assert lines[-1].startswith("forward pass, compiled") and lines[-1].endswith(" -")
+    assert len(lines) == 3 + 8  # an empty line, the title, the header
+    assert lines[-1].startswith("validation, compiled") and lines[-1].endswith(" -")
 
 
 def test_operations_are_those_of_the_reference():
@@ -62,6 +63,7 @@ def test_operations_are_those_of_the_reference():
     # counted by hand: without the interpolation's two matrix products
     assert operations["forward pass"] == pytest.approx(1085e9, rel=0.005)
     assert operations["training step"] == pytest.approx(3253e9, rel=0.005)
+    assert operations["validation"] == pytest.approx(3858e9, rel=0.005)
 
 
 class Faulty(nn.Module):
@@ -102,9 +104,11 @@ def test_waits_for_a_gpu_are_counted_but_those_for_the_losses(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda name: mode.__setitem__(0, name))
     monkeypatch.setattr(train_ensemble, "check_finite", lambda *arguments: wait())
+    monkeypatch.setattr(metrics.Accumulator, "_numpy", lambda *arguments: wait())
     with noted_waits(torch.device("cuda")) as waits:
         wait()
         train_ensemble.check_finite(None, [])
+        metrics.Accumulator()._numpy("figures")
         wait()
     assert len(waits) == 2 and waits[0].startswith("test_gpu.py:")
     assert mode == ["default"]
