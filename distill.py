@@ -580,8 +580,7 @@ def train_student(
     train_loader, val_loader = build_loaders(flags, views, val_set)
     teacher.to(flags.device, memory_format=torch.channels_last)
     if flags.compile:
-        for member in teacher.members:
-            member.compile(dynamic=False)
+        teacher.compile_for_one_size()
     targets = open_targets(teacher, flags, distillation, views, val_set, path)
 
     # ---------------------------------------------------------------- training

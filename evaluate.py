@@ -1044,11 +1044,13 @@ def cost_of_passes(
 
 
 def compiled(network: nn.Module) -> nn.Module:
-    """torch.compile of a network; of an ensemble, of its members."""
+    """torch.compile of a network; of an ensemble, of its members and of the sums over them."""
     if not isinstance(network, model.Ensemble):
         return torch.compile(network)
     members = [torch.compile(member) for member in network.members]
-    return model.Ensemble(members, network.mc_samples)
+    teacher = model.Ensemble(members, network.mc_samples)
+    teacher.compile_sums()
+    return teacher
 
 
 @dataclass

@@ -900,8 +900,7 @@ def build_student(setting: Setting, compiled: bool) -> Callable[[int, bool], Non
     teacher = Ensemble(members)
     teacher.to(setting.device, memory_format=torch.channels_last)
     if compiled:
-        for member in teacher.members:
-            member.compile(dynamic=False)
+        teacher.compile_for_one_size()
     measures = distill.DEFAULT_TARGETS
     loss_fn = partial(
         distill.distillation_loss,

@@ -13,7 +13,14 @@ from torch import nn
 import data
 import evaluate
 import train_ensemble
-from model import DeepLabV3, Prediction, UsageError, choose_device
+from model import (
+    DeepLabV3,
+    Prediction,
+    UsageError,
+    add_member,
+    choose_device,
+    predictive_statistics,
+)
 from train_ensemble import GroupBatchNorm2d, build_optimizer, fit, share_batch_norm
 
 CPU = torch.device("cpu")
@@ -110,6 +117,27 @@ def test_a_training_compiles_once(tmp_path, compiled_graphs):
         # One graph for all members, epochs and full batches, one for the full batches of all
         # their validations; none for the smaller batches.
         assert compiled_graphs == [(4, 3, 32, 32), (2, 3, 40, 56)]
+
+
+def test_the_sums_over_members_compile_once():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(add_member, backend=count, dynamic=False)
+    torch.manual_seed(0)
+    for _ in range(2):  # batches
+        logits = [5 * torch.randn(2, 4, 6, 8) for _ in range(4)]
+        with torch.inference_mode():
+            expected = predictive_statistics(iter(logits), with_expected_entropy=True)
+            found = predictive_statistics(iter(logits), True, compiled)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+    assert len(graphs) == 1
+    torch.compiler.reset()
 
 
 def test_a_validation_of_several_sizes_compiles_nothing(tmp_path, compiled_graphs):
