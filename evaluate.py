@@ -53,6 +53,7 @@ import stat
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -851,16 +852,31 @@ def component_results(
     """`metrics.ComponentDetection` of every score (as float16), cut at its threshold.
 
     smallest: pixels of the smallest predicted and of the smallest true component that count.
+
+    Threads work on the scores of a batch, side by side, while the next batch is computed: nearly
+    all of their time is numpy's, which lets other threads run.
     """
     trackers = {key: metrics.ComponentDetection(*smallest) for key in thresholds}
-    for mask, scores in batches:
-        truth = [metrics.connected_components(frame == 1) for frame in mask.cpu().numpy()]
-        for key, values in scores.items():
-            # `>`, as the code of SegmentMeIfYouCan cuts, although best_f1 counts the threshold
-            # itself as positive.
-            above = values.half() > thresholds[key]
-            trackers[key].update(above, mask, truth)
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        updates: list[Future] = []
+        for mask, scores in batches:
+            mask = mask.cpu()
+            truth = [metrics.connected_components(frame == 1) for frame in mask.numpy()]
+            finish(updates)
+            updates = []
+            for key, values in scores.items():
+                # `>`, as the code of SegmentMeIfYouCan cuts, although best_f1 counts the
+                # threshold itself as positive.
+                above = (values.half() > thresholds[key]).cpu()
+                updates.append(threads.submit(trackers[key].update, above, mask, truth))
+        finish(updates)
     return {key: tracker.compute() for key, tracker in trackers.items()}
+
+
+def finish(updates: list[Future]) -> None:
+    """Wait for all of them; what one of them raised is raised here."""
+    for update in updates:
+        update.result()
 
 
 def ood_protocol(ood: data.OODSet, tracker: AnomalyTracker, further_images: int) -> dict:

@@ -400,6 +400,12 @@ def _ratio(numerator: Any, denominator: Any) -> np.ndarray:
     return np.divide(numerator, denominator, out=undefined, where=denominator != 0)
 
 
+def _sums(index: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
+    """The sum of the whole numbers `values` that each of 0..size-1 has in `index`: int64 [size]."""
+    # They are summed as float64, which is exact below 2^53.
+    return np.bincount(index, values, minlength=size).astype(np.int64)
+
+
 def _mean_of_defined(values: np.ndarray) -> float:
     """The mean of what is not NaN; NaN where nothing is left."""
     defined = values[~np.isnan(values)]
@@ -802,53 +808,105 @@ def thin_curve(x: np.ndarray, y: np.ndarray, points: int = 200) -> np.ndarray:
 # --------------------------------------------------------------------------------------- components
 
 
-def connected_components(mask: np.ndarray) -> np.ndarray:
-    """The 8-connected components of a bool mask [H, W]: int64 [H, W], numbered 1..n, 0 outside.
+class Components(NamedTuple):
+    """The 8-connected components of a frame [H, W], as runs: pixels side by side in a row.
 
-    They are numbered in raster order, by their first pixel. Tested by
-    test_components_equal_flooding.
+    Components are numbered 0..n-1 in raster order, by their first pixel. The rows lie one after
+    the other in one line, with a gap of one pixel between them that no run covers. Runs are in
+    the order of that line.
     """
+
+    starts: np.ndarray  # int64 [R], where in the line each run begins
+    ends: np.ndarray  # int64 [R], one pixel behind its last one
+    number: np.ndarray  # int64 [R], of the component that it belongs to
+    sizes: np.ndarray  # int64 [n], the pixels of each component
+
+
+def connected_components(mask: np.ndarray) -> Components:
+    """The components of a bool mask [H, W]. Tested by test_components_equal_flooding."""
     height, width = mask.shape
 
-    # Runs. One column of False to the right ends the run at the end of every row, so
-    # that the rows can lie in one line: a run is then [start, end), and the pixel below
-    # another is `row_stride` further.
-    row_stride = width + 1
-    line = np.pad(mask, ((0, 0), (0, 1))).ravel().astype(np.int8)
-    change = np.diff(line, prepend=0, append=0)
+    # Runs. One column of False to the right ends the run at the end of every row.
+    row_stride = width + 1  # so much further is the pixel below another
+    line = np.zeros(height * row_stride + 1, np.int8)
+    line[1:].reshape(height, row_stride)[:, :width] = mask
+    change = np.diff(line)
     starts = np.flatnonzero(change == 1)
     ends = np.flatnonzero(change == -1)
 
-    # Neighbours. Moved down by a row, a run [start, end) touches those of the next row,
-    # diagonally too, that begin at `end` or before and end at `start` or after. Runs
-    # are sorted, so these are neighbours in the list: `touching` runs from `first` on.
-    first = np.searchsorted(ends, starts + row_stride, side="left")
-    touching = np.searchsorted(starts, ends + row_stride, side="right") - first
+    # Pairs of touching runs. Moved down by a row, and by a pixel longer on either side, a run
+    # overlaps those of the next row that it touches, diagonally too.
+    upper, lower = _overlapping(starts + row_stride - 1, ends + row_stride + 1, starts, ends)
 
-    # Pairs. upper: every run, repeated for each run that it touches below; lower: the runs
-    # that it touches, which are first, first + 1, ... So the n-th pair of a run, from 0,
-    # is with `first + n`.
-    upper = np.repeat(np.arange(len(starts)), touching)
-    pairs_before = np.cumsum(touching) - touching
-    nth_pair = np.arange(touching.sum()) - np.repeat(pairs_before, touching)
-    lower = np.repeat(first, touching) + nth_pair
-
-    # Union. Every run points to a root, at first itself. Where a pair has two roots,
-    # the later one is made to point to the earlier one, and then all runs to the root
-    # of their root. In the end the root of a component is its first run.
+    # Union. Every run points to a root, at first itself. Where a pair has two roots, the later
+    # one is made to point to the earlier one, and then all runs to the root of their root. In
+    # the end the root of a component is its first run. A round goes on with the pairs of roots
+    # that are still apart.
     root = np.arange(len(starts))
-    while (root[upper] != root[lower]).any():
-        earlier = np.minimum(root[upper], root[lower])
-        later = np.maximum(root[upper], root[lower])
+    while len(upper):
+        earlier = np.minimum(upper, lower)
+        later = np.maximum(upper, lower)
         np.minimum.at(root, later, earlier)
-        while (root[root] != root).any():
-            root = root[root]
+        grandparent = root[root]
+        while (grandparent != root).any():
+            root = grandparent
+            grandparent = root[root]
+        upper = root[upper]
+        lower = root[lower]
+        apart = upper != lower
+        upper = upper[apart]
+        lower = lower[apart]
 
-    # Labels. The roots become 1..n, and every run is filled with its component's number.
-    number = np.unique(root, return_inverse=True)[1] + 1
-    labels = np.zeros(height * row_stride, np.int64)
-    labels[line > 0] = np.repeat(number, ends - starts)
-    return labels.reshape(height, row_stride)[:, :width]
+    is_root = root == np.arange(len(root))
+    number = (np.cumsum(is_root) - 1)[root]
+    sizes = _sums(number, ends - starts, int(is_root.sum()))
+    return Components(starts, ends, number, sizes)
+
+
+def _overlapping(
+    starts: np.ndarray, ends: np.ndarray, other_starts: np.ndarray, other_ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs of a run [start, end) and another run that share a pixel of the line.
+
+    Both lists are in the order of the line, and no two of the others overlap. Returns the
+    indices of the runs and of the others, a pair each, in the order of the runs.
+    """
+    first = np.searchsorted(other_ends, starts, side="right")  # the first that ends behind
+    behind = np.searchsorted(other_starts, ends, side="left")  # the first that begins too late
+    count = behind - first
+    run = np.repeat(np.arange(len(starts)), count)
+    # The n-th pair of a run, from 0, is with `first + n`.
+    pairs_before = np.cumsum(count) - count
+    other = np.arange(len(run)) + np.repeat(first - pairs_before, count)
+    return run, other
+
+
+def _without_small(components: Components, smallest: int) -> Components:
+    """Those of at least `smallest` pixels, numbered anew."""
+    is_kept = components.sizes >= smallest
+    new_number = np.cumsum(is_kept) - 1
+    runs = is_kept[components.number]
+    return Components(
+        components.starts[runs],
+        components.ends[runs],
+        new_number[components.number[runs]],
+        components.sizes[is_kept],
+    )
+
+
+def _shared_pixels(one: Components, other: Components) -> tuple[np.ndarray, ...]:
+    """The pairs of components of one and the other frame that overlap.
+
+    Returns the number of the component in each, and how many pixels they share: int64, a pair
+    each, in the order of the numbers.
+    """
+    run, other_run = _overlapping(one.starts, one.ends, other.starts, other.ends)
+    start = np.maximum(one.starts[run], other.starts[other_run])
+    end = np.minimum(one.ends[run], other.ends[other_run])
+    columns = max(len(other.sizes), 1)
+    code = one.number[run] * columns + other.number[other_run]
+    codes, pair = np.unique(code, return_inverse=True)
+    return codes // columns, codes % columns, _sums(pair, end - start, len(codes))
 
 
 class ComponentDetection(Accumulator):
@@ -889,13 +947,13 @@ class ComponentDetection(Accumulator):
             self._new_counts(name, len(self.TAU))
 
     def update(
-        self, prediction: Tensor, mask: Tensor, truth: list[np.ndarray] | None = None
+        self, prediction: Tensor, mask: Tensor, truth: list[Components] | None = None
     ) -> None:
         """prediction: bool [B, H, W]; mask: 1 anomaly, 0 none, anything else void.
 
         truth: the `connected_components` of each frame's anomalies, if at hand (they
-        are the same for every score). Unlike other updates, this one works on the CPU
-        and waits for the device.
+        are the same for every score). Unlike other updates, this one works on the CPU,
+        where it also counts, and waits for the device.
         """
         _check_same_shape(prediction=prediction, mask=mask)
         predictions = prediction.cpu().numpy().astype(bool)
@@ -907,61 +965,55 @@ class ComponentDetection(Accumulator):
             siou, ppv = self._siou_and_ppv(frame, frame_mask, frame_truth)
             reached = siou[:, None] >= self.TAU  # [true components, tau]
             precise = ppv[:, None] >= self.TAU  # [predicted components, tau]
-            self._add_array("true_components", len(siou), mask.device)
-            self._add_array("predicted_components", len(ppv), mask.device)
-            self._add_array("siou", siou.sum(), mask.device)
-            self._add_array("ppv", ppv.sum(), mask.device)
-            self._add_array("tp", reached.sum(0), mask.device)
-            self._add_array("fn", (~reached).sum(0), mask.device)
-            self._add_array("fp", (~precise).sum(0), mask.device)
+            self._add_array("true_components", len(siou))
+            self._add_array("predicted_components", len(ppv))
+            self._add_array("siou", siou.sum())
+            self._add_array("ppv", ppv.sum())
+            self._add_array("tp", reached.sum(0))
+            self._add_array("fn", (~reached).sum(0))
+            self._add_array("fp", (~precise).sum(0))
 
-    def _add_array(self, name: str, values: Any, device: torch.device) -> None:
-        """`_add` of a number or an array of the CPU."""
-        self._add(name, torch.as_tensor(np.asarray(values), device=device))
+    def _add_array(self, name: str, values: Any) -> None:
+        """`_add` of a number or an array of the CPU, where the state is too if no device is set."""
+        self._add(name, torch.as_tensor(np.asarray(values), device=self.device))
 
     def _siou_and_ppv(
-        self, prediction: np.ndarray, mask: np.ndarray, truth: np.ndarray
+        self, prediction: np.ndarray, mask: np.ndarray, truth: Components
     ) -> tuple[np.ndarray, np.ndarray]:
         """sIoU of each true component and PPV of each predicted one of a single frame.
 
-        All are [H, W]; prediction and mask as in `update`, truth of `connected_components`.
+        prediction, mask: [H, W] as in `update`; truth: `connected_components` of the anomalies.
         """
         known = (mask == 0) | (mask == 1)
-        predicted = connected_components(prediction & known)
+        found = connected_components(prediction & known)
+        predicted = _without_small(found, self.smallest_predicted)
+        k, p, overlap = _shared_pixels(truth, predicted)  # a pair each, overlap = |k and p|
 
-        # True components that are too small become void, like the pixels that the mask
-        # leaves out.
-        too_small = np.bincount(truth.ravel()) < self.smallest_true
-        too_small[0] = False  # number 0 is no component
-        counted = known & ~too_small[truth]
-
-        # Predicted components that are too small are dropped: their pixels become 0.
-        # The size is that before small true components became void.
-        large_enough = np.bincount(predicted.ravel()) >= self.smallest_predicted
-        predicted = np.where(large_enough[predicted], predicted, 0)
-
-        # The pixels that each true and each predicted component share; 0 stands for none.
-        rows = truth.max() + 1
-        columns = predicted.max() + 1
-        pair = truth * columns + predicted
-        joint = np.bincount(pair[counted], minlength=rows * columns).reshape(rows, columns)
-        true_size = joint[1:].sum(1)  # [T], |k|
-        predicted_size = joint[:, 1:].sum(0)  # [P], |p|
-        overlap = joint[1:, 1:]  # [T, P], |k and p|
-        predicted_in_truth = overlap.sum(0)  # [P], |p and truth|
+        # True components that are too small become void, like the pixels that the mask leaves
+        # out. That a predicted one is large enough was said before.
+        counted = truth.sizes >= self.smallest_true  # [T]
+        is_void = ~counted[k]
+        columns = len(predicted.sizes)
+        void_pixels = _sums(p[is_void], overlap[is_void], columns)
+        predicted_size = predicted.sizes - void_pixels  # [P], |p|
+        k = k[~is_void]
+        p = p[~is_void]
+        overlap = overlap[~is_void]
+        predicted_in_truth = _sums(p, overlap, columns)  # [P], |p and truth|
 
         # For each true component k, with P the union of the predicted ones that touch it:
-        touched = overlap > 0  # [T, P]
-        common = overlap.sum(1)  # |k and P|
-        size_of_touched = np.where(touched, predicted_size, 0).sum(1)  # |P|
+        true_size = truth.sizes  # [T], |k|
+        rows = len(true_size)
+        common = _sums(k, overlap, rows)  # |k and P|
+        size_of_touched = _sums(k, predicted_size[p], rows)  # |P|
         union = true_size + size_of_touched - common  # |k or P|
-        touched_in_truth = np.where(touched, predicted_in_truth, 0).sum(1)  # |P and truth|
+        touched_in_truth = _sums(k, predicted_in_truth[p], rows)  # |P and truth|
         in_others = touched_in_truth - common  # |P and other true components|
 
         siou = _ratio(common, union - in_others)
         ppv = _ratio(predicted_in_truth, predicted_size)
-        # Those without a pixel were dropped above, or lie in the void.
-        return siou[true_size > 0], ppv[predicted_size > 0]
+        # A predicted component may lie in the void as a whole.
+        return siou[counted], ppv[predicted_size > 0]
 
     def compute(self) -> dict:
         """Keys: siou, ppv, component_f1, true_components, predicted_components."""

@@ -694,6 +694,15 @@ def forward_seconds(num_classes: int, device: torch.device) -> float:
         return seconds(lambda: network(image)["out"], device)
 
 
+def component_seconds(frame: dict[str, Tensor]) -> float:
+    """`metrics.ComponentDetection` of one score of a frame, in which a class is the anomaly."""
+    mask = (frame["prediction"] == 3).byte().cpu()
+    above = (frame["student"] > 0.3).cpu()
+    truth = [metrics.connected_components(mask[0].numpy() == 1)]
+    components = metrics.ComponentDetection(500, 100)
+    return seconds(partial(components.update, above, mask, truth), mask.device, 10, warmup=1)
+
+
 def bench_metrics(args: argparse.Namespace) -> None:
     """All accumulators over --images frames, against the forward pass of the same frame."""
     num_classes = 19
@@ -731,6 +740,9 @@ def bench_metrics(args: argparse.Namespace) -> None:
     header = ["accumulator", "seconds", "ms per image", "ms compute", "MB of state"]
     print_table(title, header, rows)
 
+    print(
+        f"components: {1000 * component_seconds(frames[0]):,.1f} ms a frame and score, one thread"
+    )
     forward = forward_seconds(num_classes, device)
     share = total[1] / 1000 / forward
     print(

@@ -265,13 +265,27 @@ def spiral(size):
     return mask
 
 
+def painted(components, shape):
+    """The number of the component at each pixel, from 1, and 0 outside: int [H, W]."""
+    line = np.zeros(shape[0] * (shape[1] + 1), int)
+    runs = zip(components.starts, components.ends, components.number, strict=True)
+    for start, end, number in runs:
+        line[start:end] = number + 1
+    frame = line.reshape(shape[0], shape[1] + 1)
+    assert not frame[:, -1].any()  # the gap between the rows
+    return frame[:, :-1]
+
+
 def test_components_equal_flooding():
     rng = np.random.default_rng(0)
+    masks = [spiral(41), ~spiral(41), np.ones((3, 1), bool), np.zeros((1, 3), bool)]
     for _ in range(200):
-        mask = rng.random(rng.integers(1, 30, 2)) < rng.random()
-        np.testing.assert_array_equal(metrics.connected_components(mask), flood(mask))
-    for mask in (spiral(41), ~spiral(41), np.ones((3, 1), bool), np.zeros((1, 3), bool)):
-        np.testing.assert_array_equal(metrics.connected_components(mask), flood(mask))
+        masks.append(rng.random(rng.integers(1, 30, 2)) < rng.random())
+    for mask in masks:
+        components = metrics.connected_components(mask)
+        expected = flood(mask)
+        np.testing.assert_array_equal(painted(components, mask.shape), expected)
+        np.testing.assert_array_equal(components.sizes, np.bincount(expected.ravel())[1:])
 
 
 def brute_components(predictions, masks, smallest):
@@ -362,6 +376,16 @@ def test_no_component_is_nan():
     result = empty.compute()
     assert all(np.isnan(result[key]) for key in ("siou", "ppv", "component_f1"))
     assert result["true_components"] == result["predicted_components"] == 0
+
+
+def test_a_fault_in_a_thread_is_raised(monkeypatch):
+    def fail(*arguments):
+        raise ValueError("a fault")
+
+    monkeypatch.setattr(metrics.ComponentDetection, "update", fail)
+    batch = (torch.zeros(1, 8, 8, dtype=torch.uint8), {"student/msp": torch.rand(1, 8, 8)})
+    with pytest.raises(ValueError, match="a fault"):
+        evaluate.component_results([batch], {"student/msp": 0.5}, data.ComponentSizes(1, 1))
 
 
 def test_best_f1_equals_brute_force():
