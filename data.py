@@ -1288,6 +1288,10 @@ FLIP_DRAWS = 1
 ORDER_DRAWS = 2
 
 
+MISSING = 255  # in stored targets, whose values are 0..254
+NO_TARGET = torch.empty(0, dtype=torch.uint8)
+
+
 class Sample(NamedTuple):
     """One training sample; collated, every field gets a leading dimension B.
 
@@ -1299,11 +1303,49 @@ class Sample(NamedTuple):
     index: int  # of the image in its data set
     view: int  # which scale and crop of it; the epoch unless views repeat
     flip: bool  # mirrored left to right
+    # uint8 [T, H, W], what is stored of a student's targets for the view before its flip.
+    # `NO_TARGET` where nothing is, or not all; of a batch, where that is so for one of its samples.
+    stored_target: Tensor = NO_TARGET
+
+
+def collate_samples(samples: list[Sample]) -> Sample:
+    """One batch."""
+    batch = default_collate([sample._replace(stored_target=0) for sample in samples])
+    # Apart from the rest, for loading processes cannot share a tensor without elements.
+    target = NO_TARGET
+    if all(sample.stored_target.numel() > 0 for sample in samples):
+        target = default_collate([sample.stored_target for sample in samples])
+    return batch._replace(stored_target=target)
 
 
 def flipped(sample: Sample) -> Sample:
-    """The mirror image of a sample that is not flipped."""
+    """The mirror image of a sample that is not flipped; its target stays that of the view."""
     return sample._replace(images=sample.images.flip(-1), labels=sample.labels.flip(-1), flip=True)
+
+
+class StoredTargets:
+    """A student's targets by view and image, uint8 [K, N, T, H, W] in an .npy file.
+
+    Whoever trains the student writes them, while these are read in its loading processes. The
+    file is mapped when it is first used.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.targets: np.memmap | None = None
+
+    def read(self, view: int, index: int) -> Tensor:
+        """One target, uint8 [T, H, W]; `NO_TARGET` where a part of it is missing."""
+        if self.targets is None:
+            self.targets = np.load(self.path, mmap_mode="r")
+        target = np.array(self.targets[view, index])
+        if target.max() == MISSING:
+            return NO_TARGET
+        return torch.from_numpy(target)
+
+    def __getstate__(self) -> dict:
+        """What a worker gets: it maps the file anew, for a map would be sent as a copy."""
+        return self.__dict__ | {"targets": None}
 
 
 class TrainingViews(Dataset):
@@ -1318,9 +1360,10 @@ class TrainingViews(Dataset):
         num_views: K repeats the scale and crop of epoch e in epoch e + K, but not the flip; 0 draws
             a new view every epoch.
         jitter: strength of `colour_jitter`, 0 for none.
+        targets_path: the file of `StoredTargets`, which come with the views; None without one.
     """
 
-    collate = staticmethod(default_collate)  # how a loader makes a batch of samples
+    collate = staticmethod(collate_samples)  # how a loader makes a batch of samples
 
     def __init__(
         self,
@@ -1330,6 +1373,7 @@ class TrainingViews(Dataset):
         stream: Sequence[int],
         num_views: int = 0,
         jitter: float = 0.0,
+        targets_path: Path | None = None,
     ):
         self.dataset = dataset
         self.crop_size = crop_size
@@ -1337,6 +1381,7 @@ class TrainingViews(Dataset):
         self.stream = stream
         self.num_views = num_views
         self.jitter = jitter
+        self.stored_targets = None if targets_path is None else StoredTargets(targets_path)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -1361,7 +1406,14 @@ class TrainingViews(Dataset):
         """The sample of (epoch, index) before its flip: the same whenever the view is."""
         view = epoch % self.num_views if self.num_views else epoch
         pixels, labels = self.read_view(view, index)
-        return Sample(pixels, labels, index, view, flip=False)
+        target = self.read_target(view, index)
+        return Sample(pixels, labels, index, view, flip=False, stored_target=target)
+
+    def read_target(self, view: int, row: int) -> Tensor:
+        """The stored target of a view in one of `num_target_rows`; `NO_TARGET` without a file."""
+        if self.stored_targets is None:
+            return NO_TARGET
+        return self.stored_targets.read(view, row)
 
     def read_view(self, view: int, index: int) -> tuple[Tensor, Tensor]:
         """The images and labels of a `Sample`, not flipped."""
@@ -1456,7 +1508,7 @@ def collate_pairs(pairs: list[tuple[Sample, Sample]]) -> Sample:
     """One batch: all the labelled samples, then their partners in the same order."""
     labelled = [sample for sample, _ in pairs]
     unlabelled = [partner for _, partner in pairs]
-    return default_collate(labelled + unlabelled)
+    return collate_samples(labelled + unlabelled)
 
 
 def split_pairs(batch: Sample) -> tuple[Sample, Sample]:
@@ -1523,7 +1575,9 @@ class PairedViews(Dataset):
             extra_index = int(rng.integers(len(self.extra)))
             pixels, labels = self.extra.read_view(sample.view, extra_index)
         labels = torch.where(labels == IGNORED, IGNORED, VOID).to(torch.uint8)
-        return Sample(pixels, labels, len(self) + sample.index, sample.view, flip=False)
+        row = len(self) + sample.index
+        target = self.labelled.read_target(sample.view, row)
+        return Sample(pixels, labels, row, sample.view, flip=False, stored_target=target)
 
 
 def strong_view(pixels: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

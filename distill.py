@@ -54,7 +54,7 @@ import torch
 from torch import Tensor, nn
 
 import data
-from data import IGNORED, Sample
+from data import IGNORED, MISSING, Sample
 from evaluate import Parser, non_negative, run_main, validate
 from metrics import ERROR, MEASURES, ensemble_measures
 from model import (
@@ -322,17 +322,28 @@ class TeacherTargets:
         if self.train_cache is None:
             values = self.run_on_unflipped(batch, flip)
         else:
-            key = TargetKey(batch.view, batch.index)
-            stored = self.train_cache.read(key)
-            if is_incomplete(stored):
-                fresh = self.run_on_unflipped(batch, flip)
-                stored = self.train_cache.complete(key, stored, fresh)
+            stored = batch.stored_target
+            if stored.numel() == 0:
+                stored = self.complete_targets(batch, flip)
             values = self.train_cache.dequantise(stored)
         values = torch.where(flip, values.flip(-1), values)  # [B, T, H, W] or [B, T + C, H, W]
 
         uncertainty = values[:, : len(self.measures)]
         probs = values[:, len(self.measures) :] if self.with_probs else None
         return Target(uncertainty, probs)
+
+    def complete_targets(self, batch: Sample, flip: Tensor) -> Tensor:
+        """The stored targets of a batch that came without, uint8 [B, T, H, W].
+
+        A process that loads looks for them some batches ahead of the training, so here they are
+        looked for again: of MC dropout, what is stored would not come out the same a second time.
+        """
+        key = TargetKey(batch.view, batch.index)
+        stored = self.train_cache.read(key)
+        if is_incomplete(stored):
+            fresh = self.run_on_unflipped(batch, flip)
+            stored = self.train_cache.complete(key, stored, fresh)
+        return stored
 
     def run_on_unflipped(self, batch: Sample, flip: Tensor) -> Tensor:
         """The teacher's channels for a batch's views as they were before their flip."""
@@ -404,10 +415,8 @@ def dropout_of(teacher: Ensemble, key: list[int], images: Tensor) -> Iterator[No
 
 # ----------------------------------------------------------------------------------- stored targets
 
-MISSING = 255  # in a target cache, whose values are 0..254
 
-
-def is_incomplete(stored: np.ndarray) -> bool:
+def is_incomplete(stored: Tensor) -> bool:
     """Whether a target of these was never computed."""
     return bool((stored == MISSING).any())
 
@@ -425,7 +434,8 @@ def dequantise(stored: Tensor, largest: Tensor) -> Tensor:
 class TargetCache:
     """The teacher's quantised targets of every view, uint8 [K, N, T, H, W], mapped from the disk.
 
-    A target is stored when its view is first met. Single bytes cannot tear and are the same
+    A target is stored when its view is first met. From then on the loading processes read it, as
+    `data.StoredTargets`, and it comes with the view. Single bytes cannot tear and are the same
     whenever they are computed: a run that was killed leaves a valid, if incomplete, cache.
 
     path: an .npy file; the .json beside it holds `identity`, all that the targets
@@ -476,13 +486,13 @@ class TargetCache:
             os.fsync(file.fileno())  # before the description says that it is whole
         save_atomically(description, json.dumps(identity))
 
-    def read(self, key: TargetKey) -> np.ndarray:
-        """What is stored of those targets: uint8 [B, T, H, W]."""
+    def read(self, key: TargetKey) -> Tensor:
+        """What is stored of those targets: uint8 [B, T, H, W], on the CPU."""
         height, width = key.size or self.targets.shape[-2:]
         stored = self.targets[key.view.cpu().numpy(), key.index.cpu().numpy()]
-        return stored[..., :height, :width]
+        return torch.from_numpy(stored[..., :height, :width])
 
-    def complete(self, key: TargetKey, stored: np.ndarray, values: Tensor) -> np.ndarray:
+    def complete(self, key: TargetKey, stored: Tensor, values: Tensor) -> Tensor:
         """Store of `values` [B, T, H, W] what is missing in `stored`; what is stored then.
 
         What is learned from is always what is stored, also when it was computed this
@@ -493,8 +503,8 @@ class TargetCache:
             raise UsageError(
                 "the teacher's uncertainty is not finite; check its checkpoints, or use --amp off"
             )
-        fresh = quantise(values, self.largest).cpu().numpy()
-        completed = np.where(stored == MISSING, fresh, stored)
+        fresh = quantise(values, self.largest).cpu()
+        completed = torch.where(stored == MISSING, fresh, stored).numpy()
         height, width = completed.shape[-2:]
         for index_in_batch, target in enumerate(completed):
             view = key.view[index_in_batch]
@@ -503,10 +513,9 @@ class TargetCache:
         # Read again: an image that is in the batch twice was stored twice, and the last counts.
         return self.read(key)
 
-    def dequantise(self, stored: np.ndarray) -> Tensor:
+    def dequantise(self, stored: Tensor) -> Tensor:
         """The values that `stored` [B, T, H, W] stands for, float32, on the device."""
-        stored = torch.from_numpy(stored)
-        if self.largest.is_cuda:
+        if self.largest.is_cuda and not stored.is_pinned():  # what a loader brings is
             stored = stored.pin_memory()
         return dequantise(stored.to(self.largest.device, non_blocking=True), self.largest)
 
@@ -576,7 +585,8 @@ def train_student(
     )
 
     # ---------------------------------------------------------------- views and their targets
-    views = build_views(flags, distillation, train_set, stream.view_seeds)
+    targets_path = path.with_suffix(".targets.npy")
+    views = build_views(flags, distillation, train_set, stream.view_seeds, targets_path)
     train_loader, val_loader = build_loaders(flags, views, val_set)
     teacher.to(flags.device, memory_format=torch.channels_last)
     if flags.compile:
@@ -619,8 +629,12 @@ def build_views(
     distillation: DistillationFlags,
     train_set: data.SegmentationDataset,
     view_seeds: list[int],
+    targets_path: Path,
 ) -> data.TrainingViews | data.PairedViews:
-    """The student's training views; with --strong-views or --extra in pairs."""
+    """The student's training views; with --strong-views or --extra in pairs.
+
+    targets_path: where their targets are kept, with --views, from the first batch on.
+    """
     settings = (
         flags.crop_size,
         flags.scale,
@@ -628,7 +642,8 @@ def build_views(
         distillation.views,
         distillation.jitter,
     )
-    labelled = data.TrainingViews(train_set, *settings)
+    stored = targets_path if distillation.views > 0 else None
+    labelled = data.TrainingViews(train_set, *settings, stored)
     if not (distillation.strong_views or distillation.extra):
         return labelled
     extra = None

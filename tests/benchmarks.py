@@ -333,7 +333,10 @@ class Distillation:
         train_set.names = train_set.names[: self.TRAIN_IMAGES]
         val_set = data.open_dataset("synthetic", None, "val", self.SIZE)
         val_set.names = val_set.names[: self.VAL_IMAGES]
-        sampled = data.TrainingViews(train_set, self.SIZE, (0.5, 2.0), [1, 2, 3], views)
+        train_file = folder / "train.npy" if views > 0 else None
+        sampled = data.TrainingViews(
+            train_set, self.SIZE, (0.5, 2.0), [1, 2, 3], views, targets_path=train_file
+        )
         self.loader = data.training_loader(sampled, 8, 0, device)
         self.names = train_set.names
         self.val_loader = data.evaluation_loader(val_set, 8, 0, device)
@@ -349,7 +352,6 @@ class Distillation:
             largest = torch.full((1, 1, 1), metrics.MAX_STD, device=device)
             train_shape = (views, self.TRAIN_IMAGES, 1, *self.SIZE)
             val_shape = (1, self.VAL_IMAGES, 1, *data.SYNTHETIC_SIZE)
-            train_file = folder / "train.npy"
             val_file = folder / "val.npy"
             self.targets.train_cache = distill.TargetCache(train_file, train_shape, largest, {})
             self.targets.val_cache = distill.TargetCache(val_file, val_shape, largest, {})

@@ -474,7 +474,7 @@ def test_a_batch_of_pairs_and_its_halves(folder):
     alone = next(iter(data.training_loader(views(dataset, repeat=2), 2, 0, cpu)))
     assert same_fields(labelled, alone)
     expected = [pairs[0, int(index)][1] for index in alone.index]
-    assert same_fields(unlabelled, torch.utils.data.default_collate(expected))
+    assert same_fields(unlabelled, data.collate_samples(expected))
     assert (unlabelled.labels >= IGNORED).all()
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -157,6 +158,51 @@ def test_the_teacher_sees_unflipped_views_and_stored_targets_are_the_same(
     assert torch.equal(flipped[0], first[0].flip(-1))
     other = cache_in(tmp_path, channels, key=2)
     assert (other.targets == distill.MISSING).all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stored_targets_come_with_the_views(tmp_path, monkeypatch, workers):
+    torch.manual_seed(0)
+    folder = write_folder(tmp_path / "data", train=2)
+    train_set = data.open_dataset("folder", folder, "train")
+    path = tmp_path / "t.npy"
+    views = data.TrainingViews(train_set, (32, 48), (1, 1), [1], num_views=1, targets_path=path)
+    pairs = data.PairedViews(views, None, strong=True)
+    loader = data.training_loader(pairs, 2, workers, torch.device("cpu"))
+    largest = torch.full((1, 1, 1), MAX_STD)
+    cache = distill.TargetCache(path, (1, 4, 1, 32, 48), largest, {})
+    # a teacher that says something else each time, as MC dropout would in another batch
+    targets = targets_of(Ensemble([DeepLabV3("resnet18", 4)], mc_samples=2))
+    targets.train_cache = cache
+
+    def load(epoch):
+        loader.batch_sampler.epoch = epoch
+        (batch,) = list(loader)
+        return batch
+
+    def unflipped_by_row(batch):
+        maps = {}
+        for half in data.split_pairs(batch):
+            uncertainty = targets.for_batch(half).uncertainty
+            for row, flip, values in zip(half.index, half.flip, uncertainty, strict=True):
+                maps[int(row)] = values.flip(-1) if flip else values
+        return [maps[row] for row in range(4)]
+
+    early = load(0)
+    assert early.stored_target.numel() == 0
+    first = unflipped_by_row(early)
+    targets.teacher = None  # from here on nothing is computed
+    # this batch was loaded before its targets were stored
+    assert all(map(torch.equal, unflipped_by_row(early), first))
+    with monkeypatch.context() as patch:
+        patch.setattr(distill.TargetCache, "read", None)  # what is loaded is not read again
+        for epoch in range(1, 4):
+            batch = load(epoch)
+            assert batch.stored_target.shape == (4, 1, 32, 48)
+            assert all(map(torch.equal, unflipped_by_row(batch), first))
+    cache.targets[0, 3, 0, 5, 5] = distill.MISSING  # a write that was cut short
+    assert load(4).stored_target.numel() == 0
+    assert pickle.loads(pickle.dumps(views)).stored_targets.targets is None
 
 
 def test_what_is_distilled_is_what_the_evaluation_calls_so():
