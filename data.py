@@ -12,6 +12,7 @@ Outline, in this order:
 
     image files           read images and masks, make them the network's input
     layouts               where the files of a data set lie: add a data set here, in `LAYOUTS`
+    flat folders          which images of a folder without splits are for validation
     data sets             `open_dataset`, `SegmentationDataset`
     decode cache          `cache_decoded`: decoded samples in a memory map
     training views        `TrainingViews`: random scale, crop, flip and colour jitter
@@ -21,6 +22,7 @@ Outline, in this order:
     drawn scenes          `SyntheticScenes`, and the unknown objects that are pasted into images
 """
 
+import bisect
 import codecs
 import fcntl
 import hashlib
@@ -369,9 +371,15 @@ class Layout(NamedTuple):
     # describes them. Empty: all images that `glob` matches.
     listing: str = ""
     roots: tuple[str, ...] = ("",)  # folders below --data that all of this may lie in
+    # Whether the user names files and folders: the masks may then end otherwise, see
+    # `find_mask_ending`, and there may be no folder for each split, see `divide_images`.
+    is_users: bool = False
 
     def describe(self) -> str:
-        return f"images as {self.images}/{self.glob} and masks as {self.masks}"
+        text = f"images as {self.images}/{self.glob} and masks as {self.masks}"
+        if self.is_users:
+            text += ", or both without the folder {split}, to be divided by --val SHARE"
+        return text
 
 
 def bit_palette(count: int) -> list[tuple[int, int, int]]:
@@ -455,9 +463,12 @@ LAYOUTS = {
         images="images/{split}",
         glob="**/*",
         masks="labels/{split}/{folder}/{stem}.png",
+        is_users=True,
     ),
 }
 DATASETS = ("synthetic", *LAYOUTS)
+# The layout `folder` without a folder for each split.
+FLAT_FOLDER = LAYOUTS["folder"]._replace(images="images", masks="labels/{folder}/{stem}.png")
 
 
 class SplitFiles(NamedTuple):
@@ -467,6 +478,8 @@ class SplitFiles(NamedTuple):
     images: list[Path]  # in order
     masks: list[Path]  # one for each image, whether it exists or not
     left_out: list[Path]  # files among the images that may be images of a kind that is not read
+    mask_ending: str = ""  # what follows an image's stem in the name of its mask, if not ".png"
+    missing_masks: str = ""  # of masks that were not found: what is there in their place
 
 
 Listings = dict[Path, dict[str, list[Path]]]  # by folder, the files of each `spelling`
@@ -495,7 +508,98 @@ def find_files(layout: Layout, data: Path, split: str) -> SplitFiles:
         below = path.parent.relative_to(folder)
         mask = layout.masks.format(split=split, folder=below, stem=stem, aug=aug)
         masks.append(find_spelling(root / mask, listings))
-    return SplitFiles(folder, images, masks, left_out)
+    files = SplitFiles(folder, images, masks, left_out)
+    if layout.is_users and not all(mask.is_file() for mask in masks):
+        return find_mask_ending(files)
+    return files
+
+
+# What the name of an image may end with that the name of its mask lacks.
+IMAGE_ENDINGS = ("_leftImg8bit", "_image", "_img", "_rgb")
+LOSSY_SUFFIXES = (".jpg", ".jpeg", ".webp")
+
+
+def without_image_ending(stem: str) -> str:
+    """The stem of an image without one of `IMAGE_ENDINGS`."""
+    for ending in IMAGE_ENDINGS:
+        stem = stem.removesuffix(ending)
+    return stem
+
+
+def find_mask_ending(files: SplitFiles) -> SplitFiles:
+    """The files with masks called <stem>_mask.png, <stem>.jpg.png or the like, not <stem>.png.
+
+    Every ending will do that begins with neither a letter nor a digit and that all masks share.
+    Where none is, the files come back as they were, but for `missing_masks`. DataError where two
+    endings fit all images, or where the masks are of a kind that changes their values.
+    """
+    names_in: dict[Path, list[tuple[str, str]]] = {}
+    masks_of_ending: dict[str, list[Path]] = {}
+    for image, mask in zip(files.images, files.masks, strict=True):
+        stem = image.stem
+        endings = endings_after(stem, mask.parent, names_in)
+        if not endings:
+            endings = endings_after(without_image_ending(stem), mask.parent, names_in)
+        for ending, path in endings.items():
+            masks_of_ending.setdefault(ending, []).append(path)
+
+    shared = []
+    for ending, masks in masks_of_ending.items():
+        if len(masks) == len(files.images):
+            shared.append(ending)
+    if len(shared) > 1:
+        found = " and ".join(f"...{ending}" for ending in shared)
+        raise DataError(
+            f"the image {files.images[0]} has several masks in {files.masks[0].parent}, found "
+            f"{found}; keep one kind there"
+        )
+    if not shared:
+        return files._replace(missing_masks=describe_masks(files, masks_of_ending))
+    ending = shared[0]
+    masks = masks_of_ending[ending]
+    if ending.endswith(LOSSY_SUFFIXES):
+        raise DataError(
+            f"the masks are called ...{ending}, as {masks[0]}, and this kind of file changes the "
+            "values of pixels; save them as PNG"
+        )
+    return files._replace(masks=masks, mask_ending=ending)
+
+
+def endings_after(
+    stem: str, folder: Path, names_in: dict[Path, list[tuple[str, str]]]
+) -> dict[str, Path]:
+    """What follows `stem` in the names of the pictures in `folder`, each with its file.
+
+    `names_in` keeps, of each folder, the names in order: their `spelling`, and as they are.
+    """
+    if folder not in names_in:
+        names = os.listdir(folder) if folder.is_dir() else []
+        names_in[folder] = sorted((spelling(name), name) for name in names)
+    names = names_in[folder]
+    stem = unicodedata.normalize("NFC", stem)
+    endings = {}
+    for spelled, name in names[bisect.bisect_left(names, (stem,)) :]:
+        if not spelled.startswith(stem):
+            break
+        ending = spelled.removeprefix(stem)
+        begins_apart = bool(ending) and not ending[0].isalnum()
+        if begins_apart and is_image(Path(name)) and (folder / name).is_file():
+            endings[ending] = folder / name
+    return endings
+
+
+def describe_masks(files: SplitFiles, masks_of_ending: dict[str, list[Path]]) -> str:
+    """What is there in the place of the masks that are missing, for an error."""
+    for mask in files.masks:
+        if not mask.parent.is_dir():
+            return f"there is no folder {mask.parent}"
+    if not masks_of_ending:
+        return f"no name in {files.masks[0].parent} begins as that of an image"
+    commonest = sorted(masks_of_ending, key=lambda ending: -len(masks_of_ending[ending]))
+    parts = []
+    for ending in commonest[:4]:
+        parts.append(f"...{ending} for {len(masks_of_ending[ending])}")
+    return f"found {', '.join(parts)} of {len(files.images)} images; one ending for all will do"
 
 
 def matches(path: Path, glob: str) -> bool:
@@ -613,7 +717,12 @@ def find_root(layout: Layout, data: Path, split: str) -> Path:
     for root in layout.roots:
         if (data / root / images).is_dir():
             return data / root
-    raise DataError(f"{data} has no folder {images}; it should have {layout.describe()}")
+    nearest = (data / images).parent
+    while not nearest.is_dir():
+        nearest = nearest.parent
+    present = sorted(path.name for path in nearest.iterdir() if path.is_dir())
+    holds = f"{nearest} holds the folders {', '.join(present[:8]) or '(none)'}"
+    raise DataError(f"{data} has no folder {images}; {holds}; it should have {layout.describe()}")
 
 
 def check_pairs(files: SplitFiles) -> None:
@@ -627,7 +736,10 @@ def check_pairs(files: SplitFiles) -> None:
                 raise DataError(
                     f"the mask {mask} is a link to {os.readlink(mask)}, which is not there; mend it"
                 )
-            raise DataError(f"no mask {mask} for the image {image}; add it or remove the image")
+            found = f" ({files.missing_masks})" if files.missing_masks else ""
+            raise DataError(
+                f"no mask {mask} for the image {image}{found}; add it or remove the image"
+            )
         other = image_of_mask.setdefault(mask, image)
         if other != image:
             raise DataError(f"{other} and {image} both have the mask {mask}; remove one of them")
@@ -660,6 +772,144 @@ def short_names(files: Sequence[Path]) -> list[str]:
     absolute = [Path(os.path.abspath(path)) for path in files]
     shared = os.path.commonpath([path.parent for path in absolute])
     return names_below(Path(shared), absolute)
+
+
+# ------------------------------------------------------------------------------------- flat folders
+
+DEFAULT_VAL_SHARE = 0.2
+
+
+def is_flat(name: str, data: Path | None, split: str = "val") -> bool:
+    """Whether the images of a data set `folder` lie in images/, not in a folder for each split."""
+    if name != "folder" or data is None:
+        return False
+    images = Path(data) / "images"
+    has_splits = any((images / folder).is_dir() for folder in ("train", "val", split))
+    return images.is_dir() and not has_splits
+
+
+def choose_val_share(name: str, data: Path | None, share: float | None) -> float | None:
+    """The part of the images that validates: --val, or its default, of folders without splits.
+
+    None for any other data set; DataError where --val is given for one.
+    """
+    if is_flat(name, data):
+        return DEFAULT_VAL_SHARE if share is None else share
+    if share is not None:
+        raise DataError(
+            f"--val {share:g} is for --dataset folder with images/ and labels/ that have no folder "
+            "for each split; leave it out"
+        )
+    return None
+
+
+class Division(NamedTuple):
+    """Which images of a folder without splits are for validation."""
+
+    validates: list[bool]  # of each image
+    note: str
+    warning: str  # empty where there is nothing to warn of
+
+
+def sequence_and_frame(path: Path) -> tuple[str, int]:
+    """What the frames of one video share, and the number of this one: ("town/clip_", 12) of the
+    path town/clip_0012.jpg below the folder of the images. Without a number the frame is 0."""
+    name = path.with_name(without_image_ending(path.stem)).as_posix()
+    name = unicodedata.normalize("NFC", name)
+    sequence = name.rstrip("0123456789")
+    digits = name.removeprefix(sequence)
+    return sequence, int(digits or 0)
+
+
+def divide_images(paths: Sequence[Path], share: float) -> Division:
+    """Divide images into training and validation by their paths below their folder.
+
+    Images whose paths differ in the last number alone are a group, such as the frames of a video,
+    and stay together. The groups are taken in the order of a hash of their names, each that brings
+    the validation split nearer to `share` of all images: so the result depends on nothing but the
+    names, and changes little where some are added. Where all images are one group, its last
+    frames validate. DataError at less than three images.
+    """
+    if len(paths) < 3:
+        raise DataError(
+            f"{len(paths)} images in a folder without splits; it takes at least 3, two to train on"
+        )
+    frames = [sequence_and_frame(path) for path in paths]
+    sizes: dict[str, int] = {}
+    for sequence, _ in frames:
+        sizes[sequence] = sizes.get(sequence, 0) + 1
+    if len(sizes) == 1:
+        return divide_sequence(paths, frames, share)
+
+    chosen = choose_groups(sizes, share)
+    validates = [sequence in chosen for sequence, _ in frames]
+    count = sum(validates)
+    note = (
+        f"--val {share:g}: by their names the {len(paths)} images are {len(sizes)} groups; "
+        f"{len(chosen)} with {count} images ({group_names(sorted(chosen))}) for validation, "
+        f"{len(sizes) - len(chosen)} with {len(paths) - count} images for training"
+    )
+    return Division(validates, note, "")
+
+
+def divide_sequence(paths: Sequence[Path], frames: list[tuple[str, int]], share: float) -> Division:
+    """The `Division` of images that are one group: the last frames are for validation."""
+    order = sorted(range(len(paths)), key=lambda index: (frames[index][1], paths[index]))
+    count = min(max(1, round(share * len(paths))), len(paths) - 2)
+    last = order[-count:]
+    validates = [index in set(last) for index in range(len(paths))]
+    note = (
+        f"--val {share:g}: the last {count} of {len(paths)} images, {paths[last[0]].name} to "
+        f"{paths[last[-1]].name}, are for validation"
+    )
+    warning = (
+        f"by their names all {len(paths)} images are one group ({group_names([frames[0][0]])}), so "
+        "its end is for validation: if it is one video, the figures flatter, for neighbouring "
+        "frames are alike; if it is several, put each into a folder of its own below images/ and "
+        "labels/, or begin their names with different words"
+    )
+    return Division(validates, note, warning)
+
+
+def choose_groups(sizes: dict[str, int], share: float) -> set[str]:
+    """The groups for validation, at least one and not all; `sizes` has the images of each.
+
+    Their images are about `share` of all. A closer fit is possible with few groups, but then one
+    image more could turn training and validation around.
+    """
+
+    def lot(group: str) -> bytes:
+        return hashlib.sha256(group.encode("utf-8", errors="surrogateescape")).digest()
+
+    wanted = share * sum(sizes.values())
+    order = sorted(sizes, key=lot)
+    chosen: set[str] = set()
+    count = 0
+    for group in order:
+        is_nearer = abs(count + sizes[group] - wanted) < abs(count - wanted)
+        if is_nearer and len(chosen) + 1 < len(sizes):
+            chosen.add(group)
+            count += sizes[group]
+    if not chosen:  # each is larger than twice what is wanted
+        chosen.add(min(order, key=lambda group: sizes[group]))
+    return chosen
+
+
+def group_names(groups: list[str]) -> str:
+    """The first names of groups as text: a*, b*, c*, ..."""
+    text = ", ".join(f"{group}*" for group in groups[:3])
+    return f"{text}, ..." if len(groups) > 3 else text
+
+
+def take_split(files: SplitFiles, division: Division, split: str) -> SplitFiles:
+    """The files of one split, "train" or "val", of a folder without splits."""
+    images = []
+    masks = []
+    for image, mask, validates in zip(files.images, files.masks, division.validates, strict=True):
+        if validates == (split == "val"):
+            images.append(image)
+            masks.append(mask)
+    return files._replace(images=images, masks=masks)
 
 
 # ---------------------------------------------------------------------------------------- data sets
@@ -706,6 +956,8 @@ class SegmentationDataset(Dataset):
         mask_sizes: (H, W) of every mask, once `check_headers` has looked at the files; of drawn
             scenes from the beginning.
         left_out: see `SplitFiles`.
+        notes: what was found and decided about the files, a sentence each.
+        doubts: what makes the split less trustworthy than it should be, a sentence each.
         class_file: the file that names the classes; None where the layout does.
         allowed_values: bool [256], which raw values may occur in a mask.
         label_of_value: uint8 [256], from the raw value in a mask to 0..C-1, `VOID` or `IGNORED`.
@@ -737,6 +989,8 @@ class SegmentationDataset(Dataset):
         self.mask_colours: list[tuple] = []
         self.mask_sizes: list[Size] = []
         self.left_out: list[Path] = []
+        self.notes: list[str] = []
+        self.doubts: list[str] = []
         self.class_file: Path | None = None
 
         if values is None:
@@ -958,6 +1212,8 @@ def count_values(dataset: SegmentationDataset) -> ValueCounts:
 def split_warnings(dataset: SegmentationDataset, split: str, training: bool) -> list[str]:
     """What is odd about a split, in a line each: `label_warnings`, and files that are not read."""
     warnings = label_warnings(dataset, split, training)
+    if training:
+        warnings += dataset.doubts
     if dataset.left_out:
         warnings.append(
             f"{len(dataset.left_out)} files of the split {split} are left out, the first is "
@@ -1011,11 +1267,13 @@ def open_dataset(
     split: str,
     image_size: Size | None = None,
     hold_out: Sequence[str] = (),
+    val_share: float | None = None,
 ) -> SegmentationDataset:
     """One split of the data set `name` in the folder `data`, without the classes in `hold_out`.
 
     `name` is one of `DATASETS`; "synthetic" has no folder. `image_size` (H, W) is that of the
-    network's input. DataError where the files do not fit.
+    network's input. `val_share`, in (0, 1), is the part of the images that is the split "val" of a
+    folder without splits; its split "all" needs none. DataError where the files do not fit.
     """
     if data is not None and not Path(data).is_dir():
         raise DataError(f"no such folder: {data}; --data names the folder of the data set")
@@ -1032,7 +1290,7 @@ def open_dataset(
         layout = LAYOUTS[name].describe()
         raise DataError(f"--dataset {name} needs --data DIR, a folder with {layout}")
     else:
-        dataset = open_files(name, Path(data), split, image_size)
+        dataset = open_files(name, Path(data), split, image_size, val_share)
     if len(dataset) == 0:
         raise DataError(f"no images in the split {split!r} of {data}; check the layout")
     if hold_out:
@@ -1040,11 +1298,33 @@ def open_dataset(
     return dataset
 
 
-def open_files(name: str, data: Path, split: str, image_size: Size | None) -> SegmentationDataset:
+def open_files(
+    name: str, data: Path, split: str, image_size: Size | None, val_share: float | None
+) -> SegmentationDataset:
     """One split of a data set of `LAYOUTS`; each image has to have its mask."""
     layout = LAYOUTS[name]
+    flat = is_flat(name, data, split)
+    if flat:
+        layout = FLAT_FOLDER
+        if split not in ("train", "val", "all") or (val_share is None and split != "all"):
+            raise DataError(
+                f"{data / 'images'} has no folder {split}; --split all takes all its images, "
+                "--split train and val what a training with --val SHARE made of them"
+            )
     files = find_files(layout, data, split)
     check_pairs(files)
+    notes = []
+    doubts = []
+    if files.mask_ending:
+        example = f"{files.masks[0].name} is that of {files.images[0].name}"
+        notes.append(f"the masks are called ...{files.mask_ending}: {example}")
+    if flat and files.images and split != "all":
+        below = [path.relative_to(files.folder) for path in files.images]
+        division = divide_images(below, val_share)
+        files = take_split(files, division, split)
+        notes.append(division.note)
+        if division.warning:
+            doubts.append(division.warning)
     classes = layout.classes
     values = layout.values
     class_list = None
@@ -1063,6 +1343,8 @@ def open_files(name: str, data: Path, split: str, image_size: Size | None) -> Se
         dataset.class_file = data / "classes.txt"
         dataset.mask_colours = class_list.colours
     dataset.left_out = files.left_out
+    dataset.notes = notes
+    dataset.doubts = doubts
     dataset.check_headers()
     return dataset
 
@@ -1097,7 +1379,9 @@ def read_classes(path: Path) -> ClassList:
     Several lines may have the same name: their values become one class. DataError at lines that
     cannot be understood or contradict each other.
     """
-    lines = read_lines(path, "the names of the classes, a name a line")
+    lines = read_lines(
+        path, "the classes, a name a line, or NAME = VALUE, or NAME = R G B for masks in colours"
+    )
     if any("=" in line for line in lines):
         return read_class_values(path, lines)
     check_class_names(path, lines)

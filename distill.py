@@ -55,7 +55,7 @@ from torch import Tensor, nn
 
 import data
 from data import IGNORED, MISSING, Sample
-from evaluate import Parser, non_negative, run_main, validate
+from evaluate import Parser, non_negative, refuse_moved_data, run_main, validate
 from metrics import ERROR, MEASURES, ensemble_measures
 from model import (
     BACKBONES,
@@ -85,11 +85,14 @@ from train_ensemble import (
     fit,
     open_splits,
     random_stream,
+    recipe_table,
     refuse_other_command,
     remove_files,
     report_finished,
     resolve_flags,
+    rough_time,
     save_checkpoint,
+    seconds_if_long,
     select_training_flags,
     sum_over_processes,
     wait_for_group,
@@ -743,13 +746,22 @@ INHERITED = (
 
 
 def inherit_from_teacher(command: dict, checkpoint: dict) -> dict:
-    """The flags of a command; those it leaves open (None) are as the teacher was trained."""
+    """The flags of a command; those it leaves open (None) are as the teacher was trained.
+
+    Raises UsageError where the teacher's data set has moved, or was divided otherwise than --val
+    says.
+    """
     flags = dict(command)
     trained = checkpoint["args"]
     if flags["epochs"] is None:
         factor = RECIPES[trained["dataset"]]["student_epochs_factor"]
         flags["epochs"] = int(factor * trained["epochs"])
 
+    if flags["val"] is not None and trained.get("val") not in (None, flags["val"]):
+        raise UsageError(
+            f"--val {flags['val']:g}: the teacher was trained with {trained['val']:g}, and has "
+            "learned from images that would validate; leave it out"
+        )
     inherited = set(INHERITED)
     if flags["dataset"] not in (None, trained["dataset"]):
         inherited.remove("data")  # another data set has its files elsewhere
@@ -760,7 +772,21 @@ def inherit_from_teacher(command: dict, checkpoint: dict) -> dict:
             flags[name] = trained.get(name)
     if flags["data"]:
         flags["data"] = Path(flags["data"])
+    if command["data"] is None:
+        refuse_moved_data(flags["data"])
+    if flags["val"] is None and data.is_flat(flags["dataset"], flags["data"]):
+        flags["val"] = trained.get("val")
     return flags
+
+
+def views_of_work(flags: TrainingFlags, distillation: DistillationFlags, members: int) -> float:
+    """The work on one image in training steps of a view: those of the student in all epochs, and
+    the teacher's passes, each of a member a third of a step."""
+    kept_views = min(distillation.views, flags.epochs)
+    passes = members * (kept_views or flags.epochs)
+    in_pairs = bool(distillation.strong_views or distillation.extra)
+    views = flags.epochs + passes / 3
+    return 2 * views if in_pairs else views
 
 
 def main(args: argparse.Namespace) -> None:
@@ -806,6 +832,16 @@ def main(args: argparse.Namespace) -> None:
                 f"{', '.join(train_set.classes)}; use the teacher's data set"
             )
 
+        if not path.exists():
+            num_views = len(train_set) * views_of_work(flags, distillation, len(teacher))
+            seconds = seconds_if_long(flags, len(classes), num_views)
+            if seconds > 0:
+                print(
+                    f"this will take about {rough_time(seconds)} on this CPU; fewer --epochs, or "
+                    "--views 1, take less",
+                    flush=True,
+                )
+
         # ------------------------------------------------------------ student
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = locked(path) if is_first_process() else contextlib.nullcontext()
@@ -828,7 +864,17 @@ def main(args: argparse.Namespace) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line: the teacher, how it is learned from, and the training flags."""
-    parser = Parser(prog="distill.py", description=__doc__.splitlines()[0])
+    student_defaults = {
+        "student_epochs_factor": "epochs, times a member's",
+        "views": "views",
+        "uncertainty_weight": "uncertainty-weight",
+    }
+    parser = Parser(
+        prog="distill.py",
+        description=__doc__.splitlines()[0],
+        epilog=f"recipes, the defaults of each --dataset:\n{recipe_table(student_defaults)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # leaves the epilog's rows alone
+    )
     flag = parser.add_argument_group("what to distil").add_argument
     flag(
         "--teacher",
@@ -851,7 +897,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="K",
         help="scale and crop repeat after K epochs, whose teacher targets are kept on the disk; "
         "the teacher's cost falls by epochs / K. 0: new views, float targets, none of them "
-        "kept (default: 5, synthetic 1)",
+        "kept (default: the recipe's, below)",
     )
     flag(
         "--targets",
@@ -885,7 +931,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--uncertainty-weight",
         type=non_negative(float),
         metavar="W",
-        help="weight of the RMSLE (default: the recipe's; the paper's is 1)",
+        help="weight of the RMSLE; the paper's is 1 (default: the recipe's, below)",
     )
     flag(
         "--strong-views",
@@ -898,7 +944,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="images without labels, used as --strong-views are: beside every view one of them, "
-        "drawn by lot (with both flags: one or the other)",
+        "drawn by lot; with both flags, one or the other (default: none)",
     )
     flag(
         "--unlabelled-depth",
@@ -920,7 +966,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--backbone", choices=BACKBONES, help="(default: the teacher's)")
     flag("--hold-out", nargs="+", metavar="CLASS", help="(default: the teacher's)")
     flag("--out", type=Path, metavar="FILE", help="(default: student.pt beside the teacher)")
-    add_training_flags(parser)
+    add_training_flags(parser, unset="default: the teacher's")
     parser.set_defaults(split=None)  # inherited, where --help says "train"
     return parser
 

@@ -3495,12 +3495,57 @@ class LiveLine:
 
 def terminal_width() -> int:
     """The columns of the terminal that stderr goes to."""
-    try:
-        width = os.get_terminal_size(sys.stderr.fileno()).columns
-    except (OSError, ValueError):
-        width = 0
+    width = columns_of(sys.stderr)
     # shutil asks the variable COLUMNS and stdout, which may be a file, and else answers 80.
     return width or shutil.get_terminal_size().columns
+
+
+def columns_of(stream: TextIO) -> int:
+    """The columns of the terminal that a stream goes to; 0 where it goes elsewhere."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 0
+
+
+def print_settings(groups: dict[str, dict[str, Any]]) -> None:
+    """Print `settings_table` as wide as the terminal, or 80 columns where stdout is none."""
+    print(settings_table(groups, columns_of(sys.stdout) or 80), flush=True)
+
+
+def settings_table(groups: dict[str, dict[str, Any]], columns: int) -> str:
+    """What a command works with: of each group its values with their names, in wrapped rows.
+
+    None, False and empty lists are left out. What is wider than a row has one of its own, and goes
+    over its end.
+    """
+    indent = 2 + max(len(group) for group in groups)
+    rows = []
+    for group, values in groups.items():
+        row = group.ljust(indent)
+        for name, value in values.items():
+            pair = setting_text(name, value)
+            if not pair:
+                continue
+            if len(row) > indent and len(row) + len(pair) >= columns:
+                rows.append(row.rstrip())
+                row = " " * indent
+            row += pair + "   "
+        if row.strip() != group:
+            rows.append(row.rstrip())
+    return "\n".join(rows)
+
+
+def setting_text(name: str, value: Any) -> str:
+    """A setting as its flag is written, "crop-size 96 144"; empty where there is nothing to say."""
+    if value is None or value is False or value == []:
+        return ""
+    name = name.replace("_", "-")
+    if value is True:
+        return f"{name} on"
+    if isinstance(value, list | tuple):
+        value = " ".join(str(item) for item in value)
+    return f"{name} {value}"
 
 
 class ImageProgress:
@@ -3554,6 +3599,7 @@ class Settings(NamedTuple):
 
     dataset: str  # name of the data set
     data: Path | None  # its folder; None: it needs none
+    val_share: float | None  # of a folder without splits, the part that is the split "val"
     split: str
     image_size: tuple[int, int] | None  # (H, W) of the networks' input; None: native size
     hold_out: list[str]  # classes of the data set that the networks do not know
@@ -3639,8 +3685,11 @@ def resolve(args: argparse.Namespace, checkpoint: dict, device: torch.device) ->
     config = checkpoint["config"]
     dataset = args.dataset or trained["dataset"]
     folder = args.data
-    if folder is None and dataset == trained["dataset"] and trained["data"]:
-        folder = Path(trained["data"])
+    val_share = None
+    if dataset == trained["dataset"]:
+        val_share = trained.get("val")  # so that nothing is evaluated on what was trained on
+        if folder is None and trained["data"]:
+            folder = Path(trained["data"])
 
     # ---------------------------------------------------------------- OOD sets
     ood = []
@@ -3676,6 +3725,7 @@ def resolve(args: argparse.Namespace, checkpoint: dict, device: torch.device) ->
     return Settings(
         dataset=dataset,
         data=folder,
+        val_share=val_share,
         split=args.split,
         image_size=args.image_size or trained.get("image_size"),
         hold_out=config["hold_out"],
@@ -3683,6 +3733,15 @@ def resolve(args: argparse.Namespace, checkpoint: dict, device: torch.device) ->
         distillation=distillation or None,
         inference=InferenceSettings(device, choose_amp(args.amp, device), args.batch_size, workers),
     )
+
+
+def refuse_moved_data(folder: Path | None) -> None:
+    """UsageError where the folder that a checkpoint names as its data set is not there."""
+    if folder is not None and not folder.is_dir():
+        raise UsageError(
+            f"no such folder: {folder}, with which the networks were trained; if the data set has "
+            "moved, name its folder with --data DIR"
+        )
 
 
 def default_ood(dataset: str, hold_out: list[str]) -> str:
@@ -3718,6 +3777,7 @@ def run_protocol(
     return {
         "dataset": settings.dataset,
         "split": settings.split,
+        "val_share": settings.val_share,
         "images": len(dataset),
         "labelled_pixels": labelled_pixels,
         "classes": len(dataset.classes),
@@ -3735,6 +3795,34 @@ def run_protocol(
         "amp": settings.inference.amp,
         "device": str(settings.inference.device),
     } | model.versions()
+
+
+def shown_settings(settings: Settings, files: NetworkFiles, out: Path) -> dict[str, dict]:
+    """What an evaluation works with, in groups for `print_settings`."""
+    inference = settings.inference
+    return {
+        "data": {
+            "dataset": settings.dataset,
+            "data": settings.data,
+            "val": settings.val_share,
+            "split": settings.split,
+            "hold_out": settings.hold_out,
+            "image_size": settings.image_size,
+            "ood": settings.ood,
+        },
+        "networks": {
+            "student": files.student,
+            "teacher": files.teacher,
+            "mc_samples": files.mc_samples or None,
+        },
+        "machine": {
+            "device": inference.device,
+            "amp": inference.amp,
+            "batch_size": inference.batch_size,
+            "workers": inference.workers,
+            "out": out,
+        },
+    }
 
 
 def open_ood_sets(specs: list[str], dataset: data.SegmentationDataset) -> list[data.OODSet]:
@@ -3811,8 +3899,15 @@ def main(args: argparse.Namespace) -> None:
         predict_files(networks, args.predict, args.out, image_size, inference, score_names)
         return
 
+    if args.data is None:
+        refuse_moved_data(settings.data)
     dataset = data.open_dataset(
-        settings.dataset, settings.data, settings.split, image_size, settings.hold_out
+        settings.dataset,
+        settings.data,
+        settings.split,
+        image_size,
+        settings.hold_out,
+        settings.val_share,
     )
     if dataset.classes != networks.classes:
         raise UsageError(
@@ -3841,6 +3936,9 @@ def main(args: argparse.Namespace) -> None:
     with locked(json_file):
         # ------------------------------------------------------------ the labelled split
         print(f"{settings.dataset} {settings.split}: {len(dataset)} images", flush=True)
+        for note in dataset.notes:
+            print(note)
+        print_settings(shown_settings(settings, files, args.out))
         split_scores = subfolder(args.save_scores, settings.split)
         with_ood = args.ood is not None
         split = evaluate_split(networks, dataset, inference, split_scores, with_ood)

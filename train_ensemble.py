@@ -60,10 +60,13 @@ from evaluate import (
     Parser,
     chart_sheet,
     exit_code_of,
+    finite_number,
     learning_charts,
     non_negative,
     positive,
+    print_settings,
     run_main,
+    terminal_width,
     validate,
     without_nan,
 )
@@ -150,6 +153,7 @@ class TrainingFlags(NamedTuple):
 
     dataset: str
     data: Path | None
+    val: float | None  # of a folder without splits, the part that validates
     split: str
     hold_out: list[str]
     image_size: tuple[int, int] | None  # None: as the images are
@@ -197,9 +201,15 @@ FREE_TO_CHANGE = {
 def resolve_flags(command: dict, recipe: dict) -> dict:
     """The flags of a command; those it leaves open (None) come from the recipe or the machine.
 
-    Raises UsageError where the device cannot be used or the scales are out of range.
+    The folder of the data set becomes an absolute path, for checkpoints that are used elsewhere.
+
+    Raises UsageError where the device cannot be used or the scales are out of range, DataError
+    where --val is given for a data set with splits of its own.
     """
     flags = dict(command)
+    if flags["data"]:
+        flags["data"] = Path(os.path.abspath(flags["data"]))
+    flags["val"] = data.choose_val_share(flags["dataset"], flags["data"], flags["val"])
     if flags["image_size"] and not flags["crop_size"]:
         height = min(recipe["crop_size"][0], flags["image_size"][0])
         width = min(recipe["crop_size"][1], flags["image_size"][1])
@@ -242,6 +252,50 @@ def select_training_flags(resolved: dict) -> TrainingFlags:
     shared = {name: resolved[name] for name in TrainingFlags._fields if name in resolved}
     shared["device"] = torch.device(resolved["device"])
     return TrainingFlags(**shared, recorded=recorded)
+
+
+# The groups of `shown_settings`; what is in none of them is of the run as a whole.
+SETTING_GROUPS = {
+    "data": (
+        "dataset",
+        "data",
+        "val",
+        "split",
+        "hold_out",
+        "image_size",
+        "crop_size",
+        "scale",
+        "cache",
+        "extra",
+    ),
+    "network": ("backbone", "weights", "head"),
+    "optimisation": (
+        "epochs",
+        "batch_size",
+        "accumulate",
+        "lr",
+        "head_lr_mult",
+        "weight_decay",
+        "warmup",
+        "seed",
+        "select",
+        "validate_every",
+    ),
+    "machine": ("device", "amp", "compile", "workers", "parallel", "save_every"),
+}
+
+
+def shown_settings(recorded: dict) -> dict[str, dict]:
+    """The resolved flags in groups, for `print_settings`."""
+    groups: dict[str, dict] = {"run": {}}
+    grouped = {"teacher_identity"}  # digits that tell a reader nothing
+    for group, names in SETTING_GROUPS.items():
+        groups[group] = {name: recorded[name] for name in names if name in recorded}
+        grouped.update(names)
+    for name, value in recorded.items():
+        if name not in grouped:
+            groups["run"][name] = value
+    return groups
 
 
 def check_same(saved: dict, recorded: dict, path: Path) -> None:
@@ -420,6 +474,7 @@ def fit(
             results = {}
             is_last_epoch = state.epoch + 1 == flags.epochs
             if (state.epoch + 1) % flags.validate_every == 0 or is_last_epoch:
+                progress.show_validation()
                 results = validation(validated_model)
             finish_epoch(run, results, progress, flags.select)
             save_state(run, flags)
@@ -549,6 +604,15 @@ def finish_epoch(run: Run, results: dict, progress: "Progress", select: str) -> 
     state = run.state
     entry = progress.finish(state, results, run.optimizer.param_groups[0]["lr"])
     state.history.append(entry)
+    iou = results.get("iou", [])
+    if learns_nothing(state.history, iou) and is_first_process():
+        print(
+            f"warning: {run.path.stem}: after {PATIENCE} validations the network tells classes "
+            f"apart no better than by chance (val miou {entry['miou']:.4f}); usual reasons: a "
+            "learning rate that is too high or too low (--lr), masks whose numbers mean something "
+            "else than classes.txt says, images and masks that do not belong together",
+            flush=True,
+        )
     if select == "best" and kept_epoch(state.history, "best") is entry:
         weights = run.model.state_dict()
         state.best_weights = {name: value.clone() for name, value in weights.items()}
@@ -558,6 +622,25 @@ def finish_epoch(run: Run, results: dict, progress: "Progress", select: str) -> 
     state.sums = {}
     lines = [json.dumps(without_nan(entry)) + "\n" for entry in state.history]
     write_by_first_process(run.path.with_suffix(".jsonl"), "".join(lines))
+
+
+PATIENCE = 5  # validations after which a network should have learned something
+
+
+def learns_nothing(history: list[dict], iou: list[float]) -> bool:
+    """Whether the first `PATIENCE` validations, and no more, are there and all are near chance.
+
+    The mean accuracy of classes is 1 / C where the same class is predicted everywhere, and by lot.
+    C counts the classes that there are, those whose last `iou` is a number.
+    """
+    accuracies = []
+    for entry in history:
+        if "mean_class_accuracy" in entry:
+            accuracies.append(entry["mean_class_accuracy"])
+    num_classes = sum(not math.isnan(value) for value in iou)
+    if len(accuracies) != PATIENCE or num_classes < 2:
+        return False
+    return max(accuracies) < 1.1 / num_classes
 
 
 def kept_epoch(history: list[dict], select: str) -> dict:
@@ -864,11 +947,74 @@ def signals_to(handler: Callable) -> Iterator[None]:
 # ----------------------------------------------------------------------------------------- progress
 
 
+TEXT_BYTES = 60  # of a process's part of a live line that several share
+
+
+class SideBySide(NamedTuple):
+    """The place of a process among those that train members side by side."""
+
+    texts: list  # of each process, its part of their one live line, in shared memory
+    number: int  # of this process
+
+
+# Set once, where such a process begins: the line is of the terminal, like stdout.
+side_by_side: SideBySide | None = None
+
+
+class SharedLiveLine(LiveLine):
+    """The live line of members that train side by side: it shows what each of them says.
+
+    There is no lock, which a process that is killed would keep: every output is one write that
+    covers the whole row.
+    """
+
+    def __init__(self, place: SideBySide):
+        super().__init__()
+        self.place = place
+
+    def show(self, text: str) -> None:
+        """Write all parts over what is there, `text` as that of this process."""
+        if not self.active:
+            return
+        encoded = text.encode("ascii", errors="replace")
+        self.place.texts[self.place.number].value = encoded[: TEXT_BYTES - 1]
+        parts = [shared.value.decode() for shared in self.place.texts]
+        self.text = " " * terminal_width()  # what another process shows may be that long
+        super().show(" | ".join(part for part in parts if part))
+
+    def clear(self) -> None:
+        """Take the part of this process off the line."""
+        self.show("")
+
+
+class RowOutput:
+    """stdout of a process beside others, on their terminal: each line covers the live line."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.unfinished = ""
+
+    def write(self, text: str) -> int:
+        """Write as print does, whole lines in one piece each."""
+        lines = (self.unfinished + text).split("\n")
+        self.unfinished = lines.pop()
+        for line in lines:
+            row = line.ljust(terminal_width() - 1)
+            self.stream.write(f"\r{row}\n")
+        return len(text)
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
 class Progress:
     """One live line on a terminal while an epoch runs, one line an epoch anywhere."""
 
     def __init__(self, name: str, state: RunState, epochs: int, num_batches: int):
         self.live_line = LiveLine(silent=not is_first_process())
+        self.short_title = f"{name} {state.epoch + 1}/{epochs}"
+        if side_by_side is not None:
+            self.live_line = SharedLiveLine(side_by_side)
         self.title = f"{name}  epoch {state.epoch + 1}/{epochs}"
         self.epochs = epochs
         self.num_batches = num_batches
@@ -886,10 +1032,19 @@ class Progress:
         rate = (state.images - self.first_image) / seconds
         batches_left = (self.epochs - state.epoch) * self.num_batches - state.batch
         seconds_left = batches_left * seconds / (state.batch - self.first_batch)
+        left = f"{timedelta(seconds=round(seconds_left))} left"
+        if side_by_side is not None:
+            self.live_line.show(f"{self.short_title} {state.batch}/{self.num_batches} {left}")
+            return
         self.live_line.show(
             f"{self.title}  batch {state.batch}/{self.num_batches}  loss {loss:.4f}  lr {lr:.2e}  "
-            f"{rate:.1f} images/s  {timedelta(seconds=round(seconds_left))} left"
+            f"{rate:.1f} images/s  {left}"
         )
+
+    def show_validation(self) -> None:
+        """The live line while the network is validated."""
+        title = self.title if side_by_side is None else self.short_title
+        self.live_line.show(f"{title}  validating")
 
     def finish(self, state: RunState, results: dict, lr: float) -> dict:
         """Print the epoch's line and return it as the dictionary that goes to the log."""
@@ -933,14 +1088,14 @@ def draw_curves(folder: Path) -> None:
 
 
 def open_splits(flags: TrainingFlags) -> tuple[data.SegmentationDataset, data.SegmentationDataset]:
-    """The training and the validation split; prints their sizes and the resolved flags.
+    """The training and the validation split; prints what they are, and the resolved flags.
 
     Warnings about their labels go to stderr.
     """
     splits = []
     for split in (flags.split, "val"):
         dataset = data.open_dataset(
-            flags.dataset, flags.data, split, flags.image_size, flags.hold_out
+            flags.dataset, flags.data, split, flags.image_size, flags.hold_out, flags.val
         )
         splits.append(dataset)
     train_set, val_set = splits
@@ -956,12 +1111,24 @@ def open_splits(flags: TrainingFlags) -> tuple[data.SegmentationDataset, data.Se
         f"{len(train_set)} training and {len(val_set)} validation images, "
         f"{len(train_set.classes)} classes"
     )
-    shown = []
-    for name, value in flags.recorded.items():
-        if value not in (None, [], False):
-            shown.append(f"{name} {value}")
-    print("  ".join(shown), flush=True)
+    for note in dict.fromkeys(train_set.notes + val_set.notes):  # each once
+        print(note)
+    print_settings(shown_settings(flags.recorded))
+    warn_of_warmup(flags, len(train_set))
     return train_set, val_set
+
+
+def warn_of_warmup(flags: TrainingFlags, num_images: int) -> None:
+    """Print that the learning rate never reaches its base, where the run is too short for that."""
+    batches = len(data.EpochBatches(num_images, flags.batch_size, stream=[]))
+    steps = flags.epochs * math.ceil(batches / flags.accumulate)
+    if flags.warmup > steps:
+        print(
+            f"warning: --warmup {flags.warmup} is longer than this run of {steps} steps, whose "
+            f"learning rate ends far below --lr {flags.lr:g}: try --warmup {steps // 10}, or more "
+            "--epochs or a smaller --batch-size",
+            flush=True,
+        )
 
 
 VALIDATION_SHARE = 0.1  # of an epoch's work that validation may take, unless a flag says more
@@ -992,6 +1159,90 @@ def choose_validation_interval(
             "epochs and after the last one (--validate-every 1 for each)"
         )
     return flags._replace(validate_every=interval)
+
+
+# What no CPU of today falls short of, in pixels of training views a second: where even that would
+# be done within `WORTH_SAYING`, nothing is measured.
+SLOWEST_TRAINING = {"resnet18": 3e4, "mobilenet_v3_large": 3e4, "resnet50": 3e3, "resnet101": 3e3}
+WORTH_SAYING = 2 * 3600  # seconds
+
+
+def seconds_if_long(flags: TrainingFlags, num_classes: int, num_views: float) -> float:
+    """About how long a training takes on this CPU, where that is over two hours, else 0.
+
+    num_views: training views in all epochs of all networks. On a GPU nothing is estimated.
+    """
+    pixels = num_views * math.prod(flags.crop_size)
+    if flags.device.type != "cpu" or pixels < WORTH_SAYING * SLOWEST_TRAINING[flags.backbone]:
+        return 0.0
+    seconds = pixels * seconds_per_pixel(flags.backbone, num_classes, flags.amp)
+    return seconds if seconds > WORTH_SAYING else 0.0
+
+
+def warn_of_hours(
+    flags: TrainingFlags, num_classes: int, image_size: data.Size, num_views: float
+) -> None:
+    """Print how long members will take on a CPU where that is hours, and what would be faster.
+
+    num_views as in `seconds_if_long`; image_size: (H, W) of the images.
+    """
+    seconds = seconds_if_long(flags, num_classes, num_views)
+    if seconds == 0:
+        return
+    height, width = smaller_size(image_size)
+    advice = "fewer --epochs or --members take less in proportion"
+    if height * width < math.prod(flags.crop_size):
+        pixels = num_views * height * width
+        faster = pixels * seconds_per_pixel("resnet18", num_classes, flags.amp)
+        advice = (
+            f"--backbone resnet18 --image-size {height} {width} takes about {rough_time(faster)}"
+        )
+    print(f"this will take about {rough_time(seconds)} on this CPU; {advice}", flush=True)
+
+
+def smaller_size(size: data.Size) -> data.Size:
+    """(H, W) of a half, a third ... of `size`, the first with no more than 180x320 pixels."""
+    height, width = size
+    divisor = 1
+    while height // divisor * (width // divisor) > 180 * 320:
+        divisor += 1
+    return height // divisor, width // divisor
+
+
+def rough_time(seconds: float) -> str:
+    """A time for people: "50 min", "4.5 h", "40 h", "12 days"."""
+    if seconds < 5400:
+        return f"{max(1, round(seconds / 60))} min"
+    hours = seconds / 3600
+    if hours < 10:
+        return f"{hours:.1f} h"
+    if hours < 72:
+        return f"{hours:.0f} h"
+    return f"{hours / 24:.0f} days"
+
+
+def seconds_per_pixel(backbone: str, num_classes: int, amp: str) -> float:
+    """What a training step takes for a pixel of a batch on this CPU, measured in about a second.
+
+    A forward and a backward pass of the network on two small images, the second time that it
+    runs: the first one prepares the convolutions. Larger images are a little faster by the pixel
+    and have more taps of the dilated convolutions inside, which about evens out.
+    """
+    images = torch.zeros(2, 3, 96, 128, dtype=torch.uint8)
+    with torch.device("meta"):  # weights without a random draw, which takes longer than the passes
+        model = DeepLabV3(backbone, num_classes)
+    model.to_empty(device="cpu").train()
+    with torch.no_grad():
+        for values in [*model.parameters(), *model.buffers()]:
+            values.fill_(0.01)
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        with autocast(torch.device("cpu"), amp):
+            loss = model(images).logits.float().mean()
+        loss.backward()
+        seconds = time.perf_counter() - started
+    return seconds / (images.shape[0] * images.shape[2] * images.shape[3])
 
 
 def build_config(dataset: data.SegmentationDataset, flags: TrainingFlags, members: int) -> dict:
@@ -1161,10 +1412,12 @@ def train_in_processes(
     threads = max(1, torch.get_num_threads() // processes)
     members = list(paths)
     children = []
+    texts = [context.RawArray("c", TEXT_BYTES) for _ in range(processes)]
     for number in range(processes):
         share = {member: paths[member] for member in members[number::processes]}
         if share:
-            arguments = (train, share, threads, device)
+            place = SideBySide(texts, number)
+            arguments = (train, share, threads, device, place)
             children.append(context.Process(target=child_process, args=arguments))
 
     def pass_on(number: int, frame) -> None:
@@ -1185,9 +1438,17 @@ def train_in_processes(
 
 
 def child_process(
-    train: Callable[[int, Path], None], paths: dict[int, Path], threads: int, device: torch.device
+    train: Callable[[int, Path], None],
+    paths: dict[int, Path],
+    threads: int,
+    device: torch.device,
+    place: SideBySide,
 ) -> None:
     """A process of `train_in_processes`. It hears signals from its parent and ends with it."""
+    global side_by_side
+    side_by_side = place
+    if sys.stdout is not None and sys.stdout.isatty() and sys.stderr.isatty():
+        sys.stdout = RowOutput(sys.stdout)
     os.setsid()
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
@@ -1229,6 +1490,11 @@ def main(args: argparse.Namespace) -> None:
             for path in [*paths.values(), *surplus]:
                 with locked(path):
                     remove_files(path, (".pt", ".jsonl", *UNFINISHED))
+
+        unfinished = [path for path in paths.values() if not path.exists()]
+        num_views = len(unfinished) * flags.epochs * len(train_set)
+        image_size = flags.image_size or val_set.largest_mask()
+        warn_of_hours(flags, len(train_set.classes), image_size, num_views)
 
         # ------------------------------------------------------------ members
         train = functools.partial(
@@ -1289,14 +1555,67 @@ def batch_size(text: str) -> int:
     return images
 
 
-def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that members and student share; None means as the recipe (or the teacher) has it."""
+def fraction(text: str) -> float:
+    """An argparse type: a number between 0 and 1, both excluded."""
+    number = finite_number(float, text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: has to lie between 0 and 1, as 0.2")
+    return number
+
+
+def recipe_table(labels: dict[str, str]) -> str:
+    """Entries of the recipes as a table for --help: a row for each, a column for each data set.
+
+    labels: what a row is called, by the name of the entry.
+    """
+    rows = [["", *RECIPES]]
+    for name, label in labels.items():
+        row = [label]
+        for recipe in RECIPES.values():
+            value = recipe[name]
+            values = value if isinstance(value, tuple) else (value,)
+            row.append(" ".join(str(item) for item in values))
+        rows.append(row)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def recipe_help() -> str:
+    """What --help says of the defaults of members."""
+    names = ("backbone", "weights", "epochs", "batch_size", "crop_size", "lr")
+    names += ("head_lr_mult", "weight_decay", "warmup", "scale")
+    table = recipe_table({name: name.replace("_", "-") for name in names})
+    scratch = ", ".join(f"--{name.replace('_', '-')} {SCRATCH[name]:g}" for name in SCRATCH)
+    return (
+        f"recipes, the defaults of each --dataset:\n{table}\n"
+        f"where imagenet is the default, --weights none comes with\n  {scratch}"
+    )
+
+
+def add_training_flags(parser: argparse.ArgumentParser, unset: str) -> None:
+    """Flags that members and student share; None means as the recipe (or the teacher) has it.
+
+    unset: what --help says of such a default.
+    """
     flag = parser.add_argument_group("data").add_argument
     flag(
         "--data",
         type=Path,
         metavar="DIR",
-        help=f"folder of the data set, as published; {data.CLASS_FILE_HELP}",
+        help=f"folder of the data set, as published; {data.CLASS_FILE_HELP} (default: none; a "
+        "student's: its teacher's)",
+    )
+    flag(
+        "--val",
+        type=fraction,
+        metavar="SHARE",
+        help="of a folder whose images/ and labels/ have no train/ and val/, the part of the "
+        "images that validates; images whose names differ in the last number alone stay together "
+        f"(default: {data.DEFAULT_VAL_SHARE:g}; a student and evaluate.py divide as the members)",
     )
     flag("--split", default="train", help="training split; voc also has trainaug (default: train)")
     flag(
@@ -1304,7 +1623,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         type=positive(int),
         nargs=2,
         metavar=("H", "W"),
-        help="pixels of the network's input, images are resized to it (default: as they are)",
+        help="pixels of the network's input, images are resized to it (default: as they are; a "
+        "student's: its teacher's)",
     )
     flag(
         "--crop-size",
@@ -1312,20 +1632,23 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         metavar=("H", "W"),
         help="pixels of a training view; much smaller than the network's input, it leaves taps of "
-        "the dilated convolutions untrained which the whole image uses, at a cost in mIoU",
+        "the dilated convolutions untrained which the whole image uses, at a cost in mIoU "
+        f"({unset}, but no larger than --image-size)",
     )
     flag(
         "--scale",
         type=float,
         nargs=2,
         metavar=("LO", "HI"),
-        help="a view is resized by a factor, half of the draws in [LO, 1], half in [1, HI]",
+        help="a view is resized by a factor, half of the draws in [LO, 1], half in [1, HI] "
+        f"({unset})",
     )
     flag(
         "--cache",
         type=Path,
         metavar="DIR",
-        help="keep decoded images there, 4 bytes a pixel, which load several times faster",
+        help="keep decoded images there, 4 bytes a pixel, which load several times faster "
+        "(default: none are kept)",
     )
     flag(
         "--workers",
@@ -1334,14 +1657,18 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
 
     flag = parser.add_argument_group("network").add_argument
-    flag("--weights", help="imagenet (downloaded), none, or a state-dict file for the backbone")
+    flag(
+        "--weights",
+        help="what the backbone starts from: imagenet (downloaded), none, or a state-dict file "
+        f"({unset})",
+    )
 
     flag = parser.add_argument_group("optimisation").add_argument
-    flag("--epochs", type=positive(int), help="passes over the training split")
+    flag("--epochs", type=positive(int), help=f"passes over the training split ({unset})")
     flag(
         "--batch-size",
         type=batch_size,
-        help="images per batch, at least 2; the memory grows with it",
+        help=f"images per batch, at least 2; the memory grows with it ({unset})",
     )
     flag(
         "--accumulate",
@@ -1350,17 +1677,17 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="batches per step; batch norm sees one at a time (default: 1)",
     )
-    flag("--lr", type=positive(float), help="base learning rate of the backbone")
+    flag("--lr", type=positive(float), help=f"base learning rate of the backbone ({unset})")
     flag(
         "--head-lr-mult",
         type=positive(float),
-        help="the heads learn at this multiple of --lr",
+        help=f"the heads learn at this multiple of --lr ({unset})",
     )
-    flag("--weight-decay", type=non_negative(float), help="L2 penalty on all weights")
+    flag("--weight-decay", type=non_negative(float), help=f"L2 penalty on all weights ({unset})")
     flag(
         "--warmup",
         type=non_negative(int),
-        help="steps over which the learning rate rises to its base",
+        help=f"steps over which the learning rate rises to its base ({unset})",
     )
     flag(
         "--seed",
@@ -1410,7 +1737,12 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line: what is trained, then what members and student share."""
-    parser = Parser(prog="train_ensemble.py", description=__doc__.splitlines()[0])
+    parser = Parser(
+        prog="train_ensemble.py",
+        description=__doc__.splitlines()[0],
+        epilog=recipe_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # leaves the epilog's rows alone
+    )
     flag = parser.add_argument_group("what to train").add_argument
     flag(
         "--dataset",
@@ -1425,16 +1757,28 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="size of the ensemble (default: 10)",
     )
-    flag("--member-ids", type=integers, metavar="3,4", help="train only these of the N members")
-    flag("--backbone", choices=BACKBONES, help="encoder (default: as the data set's recipe has it)")
+    flag(
+        "--member-ids",
+        type=integers,
+        metavar="3,4",
+        help="train only these of the N members (default: all)",
+    )
+    flag("--backbone", choices=BACKBONES, help="encoder (default: the recipe's, below)")
     flag(
         "--hold-out",
         nargs="+",
         default=[],
         metavar="CLASS",
-        help="classes to take out of the network; evaluate.py --ood held-out scores their pixels",
+        help="classes to take out of the network; evaluate.py --ood held-out scores their pixels "
+        "(default: none)",
     )
-    flag("--out", type=Path, default=Path("ckpts"), metavar="DIR", help="folder of the checkpoints")
+    flag(
+        "--out",
+        type=Path,
+        default=Path("ckpts"),
+        metavar="DIR",
+        help="folder of the checkpoints (default: ckpts)",
+    )
     flag(
         "--parallel",
         type=positive(int),
@@ -1442,7 +1786,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="members trained at once, in processes that share the threads (default: 2 on a CPU, "
         "1 on a GPU)",
     )
-    add_training_flags(parser)
+    add_training_flags(parser, unset="default: the recipe's, below")
     return parser
 
 
