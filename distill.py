@@ -834,7 +834,7 @@ def main(args: argparse.Namespace) -> None:
 
         if not path.exists():
             num_views = len(train_set) * views_of_work(flags, distillation, len(teacher))
-            seconds = seconds_if_long(flags, len(classes), num_views)
+            seconds = seconds_if_long(flags, num_views)
             if seconds > 0:
                 print(
                     f"this will take about {rough_time(seconds)} on this CPU; fewer --epochs, or "

@@ -256,6 +256,17 @@ def select_training_flags(resolved: dict) -> TrainingFlags:
 
 # The groups of `shown_settings`; what is in none of them is of the run as a whole.
 SETTING_GROUPS = {
+    "distillation": (
+        "teacher",
+        "mc_samples",
+        "targets",
+        "views",
+        "uncertainty_weight",
+        "distill_probs",
+        "strong_views",
+        "unlabelled_depth",
+        "unlabelled_weight",
+    ),
     "data": (
         "dataset",
         "data",
@@ -286,15 +297,18 @@ SETTING_GROUPS = {
 
 
 def shown_settings(recorded: dict) -> dict[str, dict]:
-    """The resolved flags in groups, for `print_settings`."""
+    """The resolved flags in groups, for `print_settings`, without those that change nothing."""
+    without_effect = {"teacher_identity"}  # digits that tell a reader nothing
+    if not recorded.get("mc_samples"):
+        without_effect.add("mc_samples")
+    if not recorded.get("strong_views") and not recorded.get("extra"):
+        without_effect.update(("unlabelled_depth", "unlabelled_weight"))
+    shown = {name: value for name, value in recorded.items() if name not in without_effect}
+
     groups: dict[str, dict] = {"run": {}}
-    grouped = {"teacher_identity"}  # digits that tell a reader nothing
     for group, names in SETTING_GROUPS.items():
-        groups[group] = {name: recorded[name] for name in names if name in recorded}
-        grouped.update(names)
-    for name, value in recorded.items():
-        if name not in grouped:
-            groups["run"][name] = value
+        groups[group] = {name: shown.pop(name) for name in names if name in shown}
+    groups["run"] = shown
     return groups
 
 
@@ -1037,8 +1051,8 @@ class Progress:
             self.live_line.show(f"{self.short_title} {state.batch}/{self.num_batches} {left}")
             return
         self.live_line.show(
-            f"{self.title}  batch {state.batch}/{self.num_batches}  loss {loss:.4f}  lr {lr:.2e}  "
-            f"{rate:.1f} images/s  {left}"
+            f"{self.title}  batch {state.batch}/{self.num_batches}  {left}  loss {loss:.4f}  "
+            f"{rate:.1f} images/s  lr {lr:.2e}"
         )
 
     def show_validation(self) -> None:
@@ -1161,42 +1175,76 @@ def choose_validation_interval(
     return flags._replace(validate_every=interval)
 
 
-# What no CPU of today falls short of, in pixels of training views a second: where even that would
-# be done within `WORTH_SAYING`, nothing is measured.
-SLOWEST_TRAINING = {"resnet18": 3e4, "mobilenet_v3_large": 3e4, "resnet50": 3e3, "resnet101": 3e3}
+# Multiplications of the convolutions in a forward pass, in thousands for a pixel of the image.
+WORK_PER_PIXEL = {
+    "resnet18": 83,
+    "resnet50": 637,
+    "resnet101": 940,
+    "mobilenet_v3_large": 40,
+}
 WORTH_SAYING = 2 * 3600  # seconds
+# Multiplications that any CPU is through with in `WORTH_SAYING`: up to there nothing is measured.
+LITTLE_WORK = 2e13
 
 
-def seconds_if_long(flags: TrainingFlags, num_classes: int, num_views: float) -> float:
+def seconds_if_long(flags: TrainingFlags, num_views: float) -> float:
     """About how long a training takes on this CPU, where that is over two hours, else 0.
 
     num_views: training views in all epochs of all networks. On a GPU nothing is estimated.
     """
-    pixels = num_views * math.prod(flags.crop_size)
-    if flags.device.type != "cpu" or pixels < WORTH_SAYING * SLOWEST_TRAINING[flags.backbone]:
+    work = work_of_views(flags.backbone, flags.crop_size, num_views)
+    if flags.device.type != "cpu" or work < LITTLE_WORK:
         return 0.0
-    seconds = pixels * seconds_per_pixel(flags.backbone, num_classes, flags.amp)
+    seconds = work * time_of_work(flags.amp)
     return seconds if seconds > WORTH_SAYING else 0.0
 
 
-def warn_of_hours(
-    flags: TrainingFlags, num_classes: int, image_size: data.Size, num_views: float
-) -> None:
+def work_of_views(backbone: str, size: data.Size, num_views: float) -> float:
+    """Multiplications in the forward passes of that many views of a size (H, W)."""
+    return 1000 * WORK_PER_PIXEL[backbone] * math.prod(size) * num_views
+
+
+def time_of_work(amp: str) -> float:
+    """Seconds of a training step for each multiplication of its forward pass, on this CPU now.
+
+    It is the best of some convolutions forward and backward, in half a second. Measured on two
+    cores, the steps of ResNets come within a tenth of that, and those of MobileNet take up to 1.7
+    times as long.
+    """
+    images = torch.ones(2, 256, 24, 32, requires_grad=True)
+    weight = torch.ones(256, 256, 3, 3, requires_grad=True)
+    best = math.inf
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < 0.5:
+        started = time.perf_counter()
+        with autocast(torch.device("cpu"), amp):
+            output = F.conv2d(images, weight, padding=1)
+        output.float().sum().backward()
+        best = min(best, time.perf_counter() - started)
+    return best / (images[:, 0].numel() * weight.numel())
+
+
+def warn_of_hours(flags: TrainingFlags, image_size: data.Size, num_views: float) -> None:
     """Print how long members will take on a CPU where that is hours, and what would be faster.
 
     num_views as in `seconds_if_long`; image_size: (H, W) of the images.
     """
-    seconds = seconds_if_long(flags, num_classes, num_views)
+    seconds = seconds_if_long(flags, num_views)
     if seconds == 0:
         return
-    height, width = smaller_size(image_size)
     advice = "fewer --epochs or --members take less in proportion"
+    changes = []
+    if flags.backbone in ("resnet50", "resnet101"):
+        changes.append("--backbone resnet18")
+    height, width = smaller_size(image_size)
     if height * width < math.prod(flags.crop_size):
-        pixels = num_views * height * width
-        faster = pixels * seconds_per_pixel("resnet18", num_classes, flags.amp)
-        advice = (
-            f"--backbone resnet18 --image-size {height} {width} takes about {rough_time(faster)}"
-        )
+        changes.append(f"--image-size {height} {width}")
+    else:
+        height, width = flags.crop_size
+    if changes:
+        backbone = "resnet18" if "--backbone resnet18" in changes else flags.backbone
+        faster = work_of_views(backbone, (height, width), num_views) * time_of_work(flags.amp)
+        advice = f"{' '.join(changes)} takes about {rough_time(faster)}"
     print(f"this will take about {rough_time(seconds)} on this CPU; {advice}", flush=True)
 
 
@@ -1219,30 +1267,6 @@ def rough_time(seconds: float) -> str:
     if hours < 72:
         return f"{hours:.0f} h"
     return f"{hours / 24:.0f} days"
-
-
-def seconds_per_pixel(backbone: str, num_classes: int, amp: str) -> float:
-    """What a training step takes for a pixel of a batch on this CPU, measured in about a second.
-
-    A forward and a backward pass of the network on two small images, the second time that it
-    runs: the first one prepares the convolutions. Larger images are a little faster by the pixel
-    and have more taps of the dilated convolutions inside, which about evens out.
-    """
-    images = torch.zeros(2, 3, 96, 128, dtype=torch.uint8)
-    with torch.device("meta"):  # weights without a random draw, which takes longer than the passes
-        model = DeepLabV3(backbone, num_classes)
-    model.to_empty(device="cpu").train()
-    with torch.no_grad():
-        for values in [*model.parameters(), *model.buffers()]:
-            values.fill_(0.01)
-    seconds = 0.0
-    for _ in range(2):
-        started = time.perf_counter()
-        with autocast(torch.device("cpu"), amp):
-            loss = model(images).logits.float().mean()
-        loss.backward()
-        seconds = time.perf_counter() - started
-    return seconds / (images.shape[0] * images.shape[2] * images.shape[3])
 
 
 def build_config(dataset: data.SegmentationDataset, flags: TrainingFlags, members: int) -> dict:
@@ -1494,7 +1518,7 @@ def main(args: argparse.Namespace) -> None:
         unfinished = [path for path in paths.values() if not path.exists()]
         num_views = len(unfinished) * flags.epochs * len(train_set)
         image_size = flags.image_size or val_set.largest_mask()
-        warn_of_hours(flags, len(train_set.classes), image_size, num_views)
+        warn_of_hours(flags, image_size, num_views)
 
         # ------------------------------------------------------------ members
         train = functools.partial(
