@@ -252,10 +252,22 @@ def read_mask(path: Path, colours: Sequence[tuple] = ()) -> Image.Image:
             )
     else:
         raise DataError(
-            f"the mask {path} has mode {mode}, not one class number a pixel; convert it, or in "
-            "--dataset folder give the classes in classes.txt their colours, as NAME = R G B"
+            f"the mask {path} has mode {mode}, not one class number a pixel{colours_text(values)}; "
+            "convert it, or in --dataset folder give the classes in classes.txt their colours, as "
+            "NAME = R G B"
         )
     return Image.fromarray(values.astype(np.uint8))
+
+
+def colours_text(values: np.ndarray) -> str:
+    """How many colours a picture [H, W, 3 or 4] has, and the first ones; empty for any other."""
+    if values.ndim != 3 or values.shape[2] < 3:
+        return ""
+    colours = np.unique(values[..., :3].reshape(-1, 3), axis=0).tolist()
+    texts = [" ".join(str(part) for part in colour) for colour in colours[:4]]
+    if len(colours) > 4:
+        texts.append("...")
+    return f" but {len(colours)} colours ({', '.join(texts)})"
 
 
 def grey_values(values: np.ndarray) -> np.ndarray:
@@ -376,10 +388,13 @@ class Layout(NamedTuple):
     is_users: bool = False
 
     def describe(self) -> str:
-        text = f"images as {self.images}/{self.glob} and masks as {self.masks}"
         if self.is_users:
-            text += ", or both without the folder {split}, to be divided by --val SHARE"
-        return text
+            return (
+                "classes.txt, the folder images and the folder labels with a PNG mask of the same "
+                "name for each image, or both folders with train and val below them; docs/DATA.md "
+                "has an example"
+            )
+        return f"images as {self.images}/{self.glob} and masks as {self.masks}"
 
 
 def bit_palette(count: int) -> list[tuple[int, int, int]]:
@@ -534,14 +549,14 @@ def find_mask_ending(files: SplitFiles) -> SplitFiles:
     endings fit all images, or where the masks are of a kind that changes their values.
     """
     names_in: dict[Path, list[tuple[str, str]]] = {}
-    masks_of_ending: dict[str, list[Path]] = {}
+    masks_of_ending: dict[str, dict[Path, Path]] = {}  # the mask of each image that has one
     for image, mask in zip(files.images, files.masks, strict=True):
         stem = image.stem
         endings = endings_after(stem, mask.parent, names_in)
         if not endings:
             endings = endings_after(without_image_ending(stem), mask.parent, names_in)
         for ending, path in endings.items():
-            masks_of_ending.setdefault(ending, []).append(path)
+            masks_of_ending.setdefault(ending, {})[image] = path
 
     shared = []
     for ending, masks in masks_of_ending.items():
@@ -554,9 +569,9 @@ def find_mask_ending(files: SplitFiles) -> SplitFiles:
             f"{found}; keep one kind there"
         )
     if not shared:
-        return files._replace(missing_masks=describe_masks(files, masks_of_ending))
+        return expect_commonest(files, masks_of_ending)
     ending = shared[0]
-    masks = masks_of_ending[ending]
+    masks = list(masks_of_ending[ending].values())
     if ending.endswith(LOSSY_SUFFIXES):
         raise DataError(
             f"the masks are called ...{ending}, as {masks[0]}, and this kind of file changes the "
@@ -588,18 +603,36 @@ def endings_after(
     return endings
 
 
-def describe_masks(files: SplitFiles, masks_of_ending: dict[str, list[Path]]) -> str:
-    """What is there in the place of the masks that are missing, for an error."""
+def expect_commonest(files: SplitFiles, masks_of_ending: dict[str, dict[Path, Path]]) -> SplitFiles:
+    """The files with the masks that the commonest ending gives, and what there is of others."""
     for mask in files.masks:
         if not mask.parent.is_dir():
-            return f"there is no folder {mask.parent}"
+            return files._replace(missing_masks=describe_missing_folder(mask.parent))
     if not masks_of_ending:
-        return f"no name in {files.masks[0].parent} begins as that of an image"
-    commonest = sorted(masks_of_ending, key=lambda ending: -len(masks_of_ending[ending]))
+        found = f"no name in {files.masks[0].parent} begins as that of an image"
+        return files._replace(missing_masks=found)
+
+    by_number = sorted(masks_of_ending, key=lambda ending: -len(masks_of_ending[ending]))
     parts = []
-    for ending in commonest[:4]:
+    for ending in by_number[:4]:
         parts.append(f"...{ending} for {len(masks_of_ending[ending])}")
-    return f"found {', '.join(parts)} of {len(files.images)} images; one ending for all will do"
+    found = f"found {', '.join(parts)} of {len(files.images)} images"
+    if len(by_number) > 1:
+        found += "; one ending for all will do"
+    commonest = by_number[0]
+    masks = []
+    for image, mask in zip(files.images, files.masks, strict=True):
+        expected = mask.with_name(image.stem + commonest)
+        masks.append(masks_of_ending[commonest].get(image, expected))
+    return files._replace(masks=masks, missing_masks=found)
+
+
+def describe_missing_folder(folder: Path) -> str:
+    """Which folder on the way to `folder` is not there, and what is beside it."""
+    while not folder.parent.is_dir():
+        folder = folder.parent
+    beside = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
+    return f"there is no folder {folder}, but {', '.join(beside) or 'no other'} beside it"
 
 
 def matches(path: Path, glob: str) -> bool:

@@ -244,8 +244,10 @@ def test_what_is_found_in_place_of_masks_is_said(tmp_path):
 
     root = flat(1)
     (root / "labels/a_2_mask.png").rename(root / "labels/a_2.png")
-    message = refused(opened(root), "no mask ", "a_1.png", "one ending for all will do")
-    assert "found ..._mask.png for 2, ....png for 1 of 3 images" in message
+    found = "found ..._mask.png for 2, ....png for 1 of 3 images"
+    refused(opened(root), "no mask ", "a_2_mask.png", found, "one ending for all will do")
+    (root / "labels/a_2.png").unlink()
+    refused(opened(root), "no mask ", "a_2_mask.png", "found ..._mask.png for 2 of 3 images)")
     root = flat(2)
     for name in names:
         shutil.copy(root / f"labels/{name}_mask.png", root / f"labels/{name}_color.png")
@@ -253,11 +255,14 @@ def test_what_is_found_in_place_of_masks_is_said(tmp_path):
     refused(opened(flat(3, "_mask.jpg")), "called ..._mask.jpg", "save them as PNG")
     root = flat(4)
     (root / "labels").rename(root / "masks")
-    refused(opened(root), "no mask ", "there is no folder", "labels")
+    refused(opened(root), "no mask ", "there is no folder", "labels, but images, masks beside it")
     root = flat(5)
     for path in (root / "labels").iterdir():
         path.rename(path.with_name(f"seg{path.name}"))
     refused(opened(root), "no name in", "begins as that of an image")
+    root = flat(7, ".png")
+    Image.open(root / "images/a_1.jpg").save(root / "labels/a_1.png")
+    refused(opened(root), "a_1.png has mode RGB", " colours (", "as NAME = R G B")
     root = flat(6, ".png")
     (root / "images").rename(root / "pictures")
     refused(opened(root), "has no folder images/train", "holds the folders labels, pictures")
