@@ -2,21 +2,25 @@
 the three command lines share: exit codes, remedies, ranges of flags, the live line."""
 
 import contextlib
+import copy
 import errno
 import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from conftest import small, write_folder
+from conftest import write_folder
 from PIL import Image
+from processes import ROOT, SERVER, Forked
 
 import distill
 import evaluate
@@ -25,7 +29,6 @@ from data import DataError, open_dataset
 from metrics import MetricError
 from model import ModelError, UsageError, load_ensemble, load_model
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 
@@ -35,14 +38,30 @@ def both(ckpts, *flags):
     return ["--student", student, "--teacher", ckpts, "--device", "cpu", *flags]
 
 
-def test_metrics_json_equals_brute_force(trained, command, tmp_path):
+class Evaluated(NamedTuple):
+    """An evaluation of student and teacher that several tests look at."""
+
+    folder: Path  # r, the results, and s, the saved scores
+    stdout: str
+    results: dict  # of metrics.json
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluated")
+    flags = both(trained[1], "--amp", "off", "--batch-size", 2, "--benchmark", "--no-compile")
+    flags += ["--ood", "--out", folder / "r", "--save-scores", folder / "s"]
+    words = [str(flag) for flag in flags]
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        assert evaluate.run_main(evaluate.main, evaluate.get_args_parser(), words) == 0
+    results = json.loads((folder / "r" / "metrics.json").read_text())
+    return Evaluated(folder, stdout.getvalue(), results)
+
+
+def test_metrics_json_equals_brute_force(trained, evaluated):
     data, ckpts = trained
-    flags = both(ckpts, "--amp", "off")
-    flags += ["--ood", "pasted", "--out", tmp_path / "r", "--save-scores", tmp_path / "s"]
-    flags += ["--batch-size", 2, "--benchmark", "--no-compile"]
-    code, out, _ = command("evaluate", *flags)
-    assert code == 0 and "mIoU" in out
-    results = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    folder, out, results = evaluated
+    assert "mIoU" in out
 
     # the same figures from whole arrays
     dataset = open_dataset("folder", data, "val")
@@ -89,13 +108,13 @@ def test_metrics_json_equals_brute_force(trained, command, tmp_path):
         )
 
     # the saved maps, the panels, the report
-    saved = np.load(tmp_path / "s" / "val" / "student-dudes" / "0.npy")
+    saved = np.load(folder / "s" / "val" / "student-dudes" / "0.npy")
     assert saved.dtype == np.float16 and saved.shape == labels.shape[1:]
     np.testing.assert_allclose(saved, mine[0], atol=1e-3)
-    assert len(list((tmp_path / "s" / "pasted" / "teacher-std").glob("*.npy"))) == len(dataset)
-    panels = list((tmp_path / "r" / "panels").glob("*.png"))
+    assert len(list((folder / "s" / "pasted" / "teacher-std").glob("*.npy"))) == len(dataset)
+    panels = list((folder / "r" / "panels").glob("*.png"))
     assert len(panels) == 3 + 3 and all(Image.open(p).width > 500 for p in panels)
-    report = (tmp_path / "r" / "report.html").read_text()
+    report = (folder / "r" / "report.html").read_text()
     assert "<script" not in report and "http-equiv" not in report and "data:image/png" in report
 
 
@@ -135,12 +154,10 @@ class Tables(HTMLParser):
         self.tag = ""
 
 
-def test_every_number_of_the_report_is_that_of_metrics_json(trained, command, tmp_path):
-    flags = both(trained[1], "--ood", "--out", tmp_path, "--benchmark", "--no-compile")
-    assert command("evaluate", *flags)[0] == 0
-    results = json.loads((tmp_path / "metrics.json").read_text())
+def test_every_number_of_the_report_is_that_of_metrics_json(evaluated):
+    results = evaluated.results
     page = Tables()
-    page.feed((tmp_path / "report.html").read_text())
+    page.feed((evaluated.folder / "r" / "report.html").read_text())
     keys = {}
     for key, column in evaluate.COLUMNS.items():
         keys[column.heading] = (key, column.factor)
@@ -176,10 +193,9 @@ def test_every_number_of_the_report_is_that_of_metrics_json(trained, command, tm
             assert cell == ("–" if value is None else evaluate.three_digits(factor * value))
 
 
-def auroc_of_cells(scores, positives):
-    """Area under the ROC of pixels, scores as coarse as those of the bootstrap."""
-    cells = (metrics.float16_bucket(scores) >> metrics.PairedBootstrap.CELL_BITS).numpy()
-    return metrics.pairs_auroc(cells[positives], cells[~positives])
+def cells_of(scores):
+    """Scores as coarse as those of the bootstrap."""
+    return (metrics.float16_bucket(scores) >> metrics.PairedBootstrap.CELL_BITS).numpy()
 
 
 def test_the_comparison_equals_drawing_images(trained, command, tmp_path):
@@ -200,20 +216,22 @@ def test_the_comparison_equals_drawing_images(trained, command, tmp_path):
     for image, labels, _ in dataset:
         with torch.inference_mode():
             prediction = student(image[None]).logits[0].argmax(0)
-        wrong.append((prediction != labels).numpy())
-        valid.append((labels < 254).numpy())
-    scores = {}
+        valid.append(labels < 254)
+        wrong.append((prediction != labels)[valid[-1]].numpy())
+    cells = {}  # of each score, for each image those of its labelled pixels
     for path in sorted((tmp_path / "s/val").iterdir()):
         maps = [torch.from_numpy(np.load(path / f"{name}.npy")) for name in dataset.names]
-        scores[path.name.replace("-", "/", 1)] = maps
+        pixels = [cells_of(values[mask]) for values, mask in zip(maps, valid, strict=True)]
+        cells[path.name.replace("-", "/", 1)] = pixels
 
     def auroc(key, chosen):
-        values = torch.cat([scores[key][i][torch.from_numpy(valid[i])] for i in chosen])
-        return auroc_of_cells(values, np.concatenate([wrong[i][valid[i]] for i in chosen]))
+        values = np.concatenate([cells[key][image] for image in chosen])
+        positives = np.concatenate([wrong[image] for image in chosen])
+        return metrics.pairs_auroc(values[positives], values[~positives])
 
     results = comparison["errors"]["auroc"]
     free = [f"student/{name}" for name in metrics.FREE_SCORES]
-    whole = {key: auroc(key, range(images)) for key in scores}
+    whole = {key: auroc(key, range(images)) for key in cells}
     best = max(free, key=lambda key: whole[key])
     assert results["best_free"] == best and results["value"] == pytest.approx(whole[best])
     learned = {key for key in whole if key.startswith(("student/dudes", "teacher/"))}
@@ -221,15 +239,17 @@ def test_the_comparison_equals_drawing_images(trained, command, tmp_path):
 
     draws = comparison["draws"]
     generator = np.random.default_rng(comparison["seed"])
-    drawn = generator.multinomial(images, np.full(images, 1 / images), size=draws)
+    drawn = []
+    for times in generator.multinomial(images, np.full(images, 1 / images), size=draws):
+        drawn.append(np.repeat(np.arange(images), times))
+    best_of_draws = [auroc(best, chosen) for chosen in drawn]
     for key in ("student/dudes", "teacher/entropy"):
         row = results["scores"][key]
         assert row["value"] == pytest.approx(whole[key])
         assert row["gain"] == pytest.approx(whole[key] - whole[best])
         gains = []
-        for times in drawn:
-            chosen = np.repeat(np.arange(images), times)
-            gains.append(auroc(key, chosen) - auroc(best, chosen))
+        for chosen, value in zip(drawn, best_of_draws, strict=True):
+            gains.append(auroc(key, chosen) - value)
         assert row["low"] == pytest.approx(np.percentile(gains, 2.5), abs=1e-9)
         assert row["high"] == pytest.approx(np.percentile(gains, 97.5), abs=1e-9)
         assert row["worth_more"] == evaluate.verdict(row["low"], row["high"])
@@ -266,15 +286,14 @@ def test_a_verdict_follows_from_the_interval():
 
 
 def test_few_images_decide_nothing_and_without_a_student_nothing_is_compared(
-    trained, command, tmp_path
+    trained, evaluated, command, tmp_path
 ):
-    flags = ["--panels", 0, "--out", tmp_path]
-    assert command("evaluate", *both(trained[1], *flags))[0] == 0
-    comparison = json.loads((tmp_path / "metrics.json").read_text())["comparison"]
+    comparison = evaluated.results["comparison"]
     row = comparison["errors"]["auroc"]["scores"]["teacher/std"]  # of three images
     assert row["low"] is row["high"] is None and row["worth_more"] == "undecided"
     assert row["gain"] is not None
-    code, out, _ = command("evaluate", "--teacher", trained[1], "--device", "cpu", *flags)
+    flags = ["--teacher", trained[1], "--device", "cpu", "--panels", 0, "--out", tmp_path]
+    code, out, _ = command("evaluate", *flags)
     assert code == 0 and "Worth more" not in out
     assert json.loads((tmp_path / "metrics.json").read_text())["comparison"] == {}
 
@@ -366,17 +385,15 @@ def test_peak_memory_is_measured_where_the_pass_fails():
     assert 75 < peak.megabytes < 100
 
 
-def test_batch_size_changes_no_count(trained, command, tmp_path):
-    _, ckpts = trained
-    for size in (1, 3):
-        flags = both(ckpts, "--out", tmp_path / str(size))
-        assert command("evaluate", *flags, "--batch-size", size)[0] == 0
-    one = json.loads((tmp_path / "1" / "metrics.json").read_text())
-    three = json.loads((tmp_path / "3" / "metrics.json").read_text())
-    assert one["segmentation"]["student"]["miou"] == pytest.approx(
+def test_batch_size_changes_no_count(trained, evaluated, command, tmp_path):
+    flags = both(trained[1], "--amp", "off", "--panels", 0, "--out", tmp_path)
+    assert command("evaluate", *flags, "--batch-size", 3)[0] == 0
+    three = json.loads((tmp_path / "metrics.json").read_text())
+    two = evaluated.results  # a batch of two images and one of one
+    assert two["segmentation"]["student"]["miou"] == pytest.approx(
         three["segmentation"]["student"]["miou"], abs=2e-3
     )
-    assert one["uncertainty"]["teacher/std"]["n"] == three["uncertainty"]["teacher/std"]["n"]
+    assert two["uncertainty"]["teacher/std"]["n"] == three["uncertainty"]["teacher/std"]["n"]
 
 
 def test_student_alone_is_enough(trained, command, tmp_path, monkeypatch):
@@ -401,14 +418,11 @@ def test_other_classes_are_refused(trained, command, tmp_path):
     assert code == 2 and "know the classes" in err
 
 
-def test_held_out_classes_are_anomalies(folder, command, tmp_path):
-    ckpts = tmp_path / "ckpts"
-    flags = ["--members", 2, "--out", ckpts, "--hold-out", "class 1"]
-    assert command("train", *small(folder, "--epochs", 1), *flags)[0] == 0
-    assert command("distill", "--teacher", ckpts, "--device", "cpu")[0] == 0
+def test_held_out_classes_are_anomalies(trained_without_a_class, command, tmp_path):
+    folder, ckpts = trained_without_a_class
     student = load_model(ckpts / "student.pt")
     assert student.classifier[-1].out_channels == 3
-    flags = both(ckpts, "--ood", "--out", tmp_path / "r")
+    flags = both(ckpts, "--ood", "--panels", 0, "--out", tmp_path / "r")
     assert command("evaluate", *flags)[0] == 0
     results = json.loads((tmp_path / "r" / "metrics.json").read_text())
     whole = open_dataset("folder", folder, "val")
@@ -448,15 +462,15 @@ def test_choose_images_spans_best_to_worst():
     assert evaluate.choose_images([float("nan")], 3) == []
 
 
-def test_panels_of_an_earlier_run_are_removed(trained, command, tmp_path):
-    flags = both(trained[1], "--out", tmp_path)
-    assert command("evaluate", *flags, "--panels", 3, "--ood", "pasted")[0] == 0
+def test_panels_of_an_earlier_run_are_removed(trained, evaluated, command, tmp_path):
+    shutil.copytree(evaluated.folder / "r", tmp_path, dirs_exist_ok=True)
     panels = tmp_path / "panels"
     assert len(list(panels.glob("*.png"))) == 6
     kept = [panels / "notes.txt", panels / "mine" / "a.png"]
     kept[1].parent.mkdir()
     for path in kept:
         path.write_text("not of this program")
+    flags = ["--student", trained[1] / "student.pt", "--device", "cpu", "--out", tmp_path]
     assert command("evaluate", *flags, "--panels", 2)[0] == 0
     names = {path.name for path in panels.glob("*.png")}
     assert {name.split("_")[0] for name in names} == {"best", "worst"} and len(names) == 2
@@ -494,10 +508,8 @@ def test_json_gets_none_for_what_is_no_number():
 # ------------------------------------------------------------------ tables and charts
 
 
-def test_the_report_escapes_its_explanations(trained, command, tmp_path):
-    flags = both(trained[1], "--out", tmp_path, "--panels", 0, "--ood", "pasted")
-    assert command("evaluate", *flags)[0] == 0
-    results = json.loads((tmp_path / "metrics.json").read_text())
+def test_the_report_escapes_its_explanations(evaluated):
+    results = copy.deepcopy(evaluated.results)
     results["protocol"]["ood"]["pasted"]["void"] = "masks of <b>R&D</b>"
     page = evaluate.report(results, evaluate.Pictures([], None, {}))
     assert "void: masks of &lt;b&gt;R&amp;D&lt;/b&gt;" in page and "<b>" not in page
@@ -522,18 +534,13 @@ def test_terminal_and_report_agree_on_a_set_without_a_valid_pixel(trained, comma
     assert sentence in (tmp_path / "r" / "report.html").read_text()
 
 
-def test_the_table_of_the_terminal_draws_nothing(trained, command, tmp_path, monkeypatch):
-    flags = both(trained[1], "--out", tmp_path, "--panels", 0)
-    code, out, _ = command("evaluate", *flags)
-    assert code == 0
-    results = json.loads((tmp_path / "metrics.json").read_text())
-
+def test_the_table_of_the_terminal_draws_nothing(evaluated, monkeypatch):
     def refuse(*arguments, **settings):
         raise AssertionError("the table drew a chart")
 
     monkeypatch.setattr(evaluate, "line_chart", refuse)
-    table = evaluate.results_table(results)
-    assert table in out and max(map(len, table.splitlines())) <= 100
+    table = evaluate.results_table(evaluated.results)
+    assert table in evaluated.stdout and max(map(len, table.splitlines())) <= 100
 
 
 def test_charts_know_their_height():
@@ -711,50 +718,51 @@ def test_the_end_of_another_process_is_one_line(capsys, text, remedy):
     assert capsys.readouterr().err == f"error: {remedy}\n"
 
 
-PRINTER = """
-import sys, evaluate
-def speak():
-    print("one line", flush=True)
-    sys.stdin.readline()  # until nobody listens any more
-    for _ in range(int(sys.argv[1])):
-        print("another line")
-sys.exit(evaluate.exit_code_of(speak))
-"""
+def speak_twice(is_alone, lines):
+    """Print a line, and more of them when nobody listens any longer."""
+
+    def speak():
+        print("one line", flush=True)
+        is_alone.wait()
+        for _ in range(lines):
+            print("another line")
+
+    return evaluate.exit_code_of(speak)
+
+
+def speak_twice_in_one_pipe(is_alone, lines):
+    os.dup2(1, 2)
+    return speak_twice(is_alone, lines)
+
+
+NOTE = "note: the program that read the output has ended; the work goes on without it\n"
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])  # what a buffer holds, and what it does not
 @pytest.mark.parametrize("with_stderr", [False, True])  # as `2>&1 | head -1`
 def test_a_closed_pipe_loses_no_work(lines, with_stderr):
-    stderr = subprocess.STDOUT if with_stderr else subprocess.PIPE
-    process = subprocess.Popen(
-        [sys.executable, "-c", PRINTER, str(lines)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-    )
+    is_alone = SERVER.Event()
+    process = Forked(speak_twice_in_one_pipe if with_stderr else speak_twice, is_alone, lines)
     assert process.stdout.readline() == "one line\n"
     process.stdout.close()
-    process.stdin.write("go on\n")
-    process.stdin.close()
-    if not with_stderr:
-        err = process.stderr.read()
-        process.stderr.close()
-        note = "note: the program that read the output has ended; the work goes on without it\n"
-        assert err == note
-    assert process.wait() == 0
+    is_alone.set()
+    code, _, err = process.finish()
+    assert code == 0 and err == ("" if with_stderr else NOTE)
 
 
-def test_output_on_a_full_disk_is_one_line():
-    script = "import sys, evaluate; sys.exit(evaluate.exit_code_of(print, 'a line'))"
+def test_an_interpreter_that_ends_repeats_no_refusal():
+    """It flushes its streams once more, which a closed pipe and a full disk refuse."""
+    line = "import evaluate, sys; sys.exit(evaluate.exit_code_of(print, 'a line'))"
+    options = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    unread = subprocess.Popen([sys.executable, "-c", line], stdout=subprocess.PIPE, **options)
+    unread.stdout.close()
     with open("/dev/full", "w") as full:
-        process = subprocess.run(
-            [sys.executable, "-c", script], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
-        )
+        refused = subprocess.Popen([sys.executable, "-c", line], stdout=full, **options)
+    assert unread.communicate()[1] == NOTE
+    assert unread.returncode == 0
     remedy = evaluate.REMEDIES[errno.ENOSPC]
-    assert process.stderr == f"error: No space left on device; {remedy}\n"
-    assert process.returncode == 2
+    assert refused.communicate()[1] == f"error: No space left on device; {remedy}\n"
+    assert refused.returncode == 2
 
 
 # ------------------------------------------------------------------ the live line

@@ -55,6 +55,11 @@ def file_names(dataset):
     return [path.name for path in dataset.images]
 
 
+def an_epoch(root, out, *flags):
+    """Flags that train a member for an epoch."""
+    return small(root, "--epochs", 1, "--members", 1, "--out", out, *flags)
+
+
 def refused(call, *words):
     """What `call` raises is one line with all words."""
     with pytest.raises(DataError) as error:
@@ -172,7 +177,7 @@ def test_images_of_a_kind_that_is_not_read_are_counted(tmp_path, command):
     save(root / "images/train/x.jfif", image, format="JPEG")
     save(root / "images/train/y.GIF", image)
     (root / "images/train/notes.txt").write_text("no image")
-    code, _, err = command("train", *small(root), "--members", 1, "--out", tmp_path / "ckpts")
+    code, _, err = command("train", *an_epoch(root, tmp_path / "ckpts"))
     assert code == 0 and err.count("\n") == 1
     assert err.startswith("warning: 2 files of the split train are left out, the first is ")
     assert "x.jfif; images end in .png, .jpg" in err
@@ -347,7 +352,7 @@ def masks_with(root, classes, values, pictures=False):
 def test_masks_of_0_and_255_trained_on_one_class(tmp_path, command):
     """Masks 0 / 255 for two classes: 255 is void, and the val mIoU was 100.00."""
     root = masks_with(tmp_path / "data", "background\ncrack\n", [0, 255])
-    code, _, err = command("train", *small(root), "--members", 1, "--out", tmp_path / "ckpts")
+    code, _, err = command("train", *an_epoch(root, tmp_path / "ckpts"))
     assert code == 0
     warnings = err.splitlines()
     assert len(warnings) == 2
@@ -366,7 +371,7 @@ def test_masks_of_0_and_255_as_two_classes(tmp_path, command):
     dataset = open_dataset("folder", root, "train")
     assert dataset.classes == ["background", "crack"]
     assert set(np.unique(dataset[0].labels)) == {0, 1}
-    code, _, err = command("train", *small(root), "--members", 1, "--out", tmp_path / "ckpts")
+    code, _, err = command("train", *an_epoch(root, tmp_path / "ckpts"))
     assert code == 0 and err == ""
 
 
@@ -405,8 +410,8 @@ def test_masks_in_colours(tmp_path, command):
     Image.open(dataset.masks[0]).quantize(8).save(dataset.masks[0])  # the same with a palette
     assert (dataset[0].labels.numpy() == labels).all()
 
-    flags = (*small(root), "--members", 1, "--cache", tmp_path / "cache")
-    assert command("train", *flags, "--out", tmp_path / "ckpts")[0] == 0
+    flags = an_epoch(root, tmp_path / "ckpts", "--cache", tmp_path / "cache")
+    assert command("train", *flags)[0] == 0
     lines = classes.splitlines()
     (root / "classes.txt").write_text("\n".join([lines[3], *lines]))
     refused(lambda: open_dataset("folder", root, "train"), "gives 64 0 128 to 'Car' and to 'Car'")
@@ -508,7 +513,7 @@ def test_a_bad_file_of_either_split_is_found_before_the_first_step(tmp_path, com
             mask = root / f"labels/{split}/2.png"
             spoil(mask)
             out = root / "ckpts"
-            code, _, err = command("train", *small(root), "--members", 1, "--out", out)
+            code, _, err = command("train", *an_epoch(root, out))
             assert code == 2 and str(mask) in err and err.count("\n") == 1, (split, name, err)
             assert not out.exists()
 
