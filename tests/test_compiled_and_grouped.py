@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import flags_of, write_folder
 from PIL import Image
+from processes import in_two_processes
 from torch import distributed as dist
 from torch import nn
 
@@ -258,7 +259,7 @@ def batch_norm_of_a_part(rank, folder, compiled):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_batch_norm_of_two_processes_is_that_of_the_whole_batch(tmp_path, compiled):
-    torch.multiprocessing.spawn(batch_norm_of_a_part, (str(tmp_path), compiled), nprocs=2)
+    in_two_processes(batch_norm_of_a_part, str(tmp_path), compiled)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
 
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import scene, write_folder
 from PIL import Image
+from processes import in_two_processes
 
 import data
 from data import IGNORED, VOID, DataError, EpochBatches, TrainingViews, open_dataset
@@ -718,7 +719,7 @@ def fill(number, folder, cache):
 
 def test_two_processes_share_a_cache(tmp_path, folder):
     cache = tmp_path / "cache"
-    torch.multiprocessing.spawn(fill, (folder, cache), nprocs=2)
+    in_two_processes(fill, folder, cache)
     assert len(list(cache.glob("folder-*.bin"))) == len(list(cache.glob("folder-*.npy"))) == 1
     expected = open_dataset("folder", folder, "train")[4].image.numpy()
     for number in range(2):

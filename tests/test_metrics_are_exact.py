@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from processes import in_two_processes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import metrics
@@ -907,7 +908,7 @@ def reduce_process(rank, folder):
 
 
 def test_two_processes_equal_one(tmp_path):
-    torch.multiprocessing.spawn(reduce_process, (str(tmp_path),), nprocs=2)
+    in_two_processes(reduce_process, str(tmp_path))
     both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     expected = {name: accumulate(name, make_batch(5)).state for name in ACCUMULATORS}
     expected["empty"] = accumulate("detection", make_batch()).state

@@ -3,20 +3,17 @@
 import json
 import os
 import signal
-import socket
 import stat
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import small, weights
+from processes import ROOT, Forked, free_port, torchrun
 
 from model import load_model
 
-ROOT = Path(__file__).parent.parent
 NODES = 2
 # The files that a node makes tell by their permissions which node it was.
 UMASKS = (0o022, 0o077)
@@ -27,23 +24,12 @@ class Nodes:
     """The same command on every node, each in a torchrun of its own with one process."""
 
     def __init__(self, script, *flags):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.processes = []
         for node in range(NODES):
-            command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={NODES}"]
-            command += ["--nproc-per-node=1", f"--node-rank={node}"]
-            command += ["--master-addr=127.0.0.1", f"--master-port={port}", ROOT / script]
-            process = subprocess.Popen(
-                [str(word) for word in (*command, *flags)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                umask=UMASKS[node],
-            )
-            self.processes.append(process)
+            words = [UMASKS[node], f"--nnodes={NODES}", "--nproc-per-node=1", f"--node-rank={node}"]
+            words += ["--master-addr=127.0.0.1", f"--master-port={port}", ROOT / script, *flags]
+            self.processes.append(Forked(run_node, *words))
 
     def __enter__(self):
         return self
@@ -54,17 +40,22 @@ class Nodes:
 
     def kill(self, node):
         """End a node as a power failure does: torchrun and its process, with no word to anybody."""
-        torchrun = self.processes[node]
-        if torchrun.poll() is None:
-            processes = [*children_of(torchrun.pid), torchrun.pid]
-            for pid in processes:
+        launcher = self.processes[node]
+        if launcher.poll() is None:
+            for pid in children_of(launcher.process.pid):
                 os.kill(pid, signal.SIGKILL)
+            launcher.kill()
 
     def finish(self):
         """Wait for both; their exit codes, outputs and errors, in the nodes' order."""
-        outputs = [process.communicate(timeout=120) for process in self.processes]
-        codes = [process.returncode for process in self.processes]
-        return codes, [output for output, _ in outputs], [errors for _, errors in outputs]
+        codes, outputs, errors = zip(*[node.finish() for node in self.processes], strict=True)
+        return list(codes), outputs, errors
+
+
+def run_node(umask, *words):
+    """torchrun, whose files have the permissions that a umask leaves."""
+    os.umask(umask)
+    torchrun(*words)
 
 
 def children_of(parent):

@@ -1,6 +1,7 @@
 """Nothing is lost: kills at random moments, locks, several processes, every kind of bad input."""
 
 import argparse
+import contextlib
 import errno
 import functools
 import os
@@ -8,8 +9,7 @@ import pickle
 import random
 import re
 import shutil
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import flags_of, small, weights, write_folder
 from PIL import Image
+from processes import Forked, in_two_processes, run_command, run_ranks
 
 import data
 import distill
@@ -25,8 +26,6 @@ import evaluate
 import model
 import train_ensemble
 from model import DeepLabV3, Ensemble, load_model
-
-ROOT = Path(__file__).parent.parent
 
 
 def contents(folder):
@@ -41,14 +40,14 @@ def contents(folder):
 
 # ------------------------------------------------------------------------------ kills
 
-PIPELINE = """
-import sys, time, evaluate, train_ensemble, distill
-train, student = (part.split("|") for part in sys.argv[1:])
-for module, flags in ((train_ensemble, train), (distill, student)):
-    code = evaluate.run_main(module.main, module.get_args_parser(), flags)
-    if code:
-        sys.exit(code)
-"""
+
+def run_pipeline(train, student):
+    """Train and distil under those flags; the exit code of the first command that fails, or 0."""
+    for name, flags in (("train_ensemble", train), ("distill", student)):
+        code = run_command(name, *flags)
+        if code:
+            return code
+    return 0
 
 
 def test_killed_at_random_moments_the_pipeline_ends_in_the_same_bits(trained, tmp_path):
@@ -56,49 +55,51 @@ def test_killed_at_random_moments_the_pipeline_ends_in_the_same_bits(trained, tm
     out, chance = tmp_path / "ckpts", random.Random(0)
     train = [*small(folder), "--members", 2, "--out", out, "--save-every", 1e-9]
     student = ["--teacher", out, "--device", "cpu", "--save-every", 1e-9]
-    words = ["|".join(map(str, flags)) for flags in (train, student)]
-    script, kills = [sys.executable, "-c", PIPELINE, *words], 0
+    kills = 0
     for _ in range(8):
-        process = subprocess.Popen(script, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        process = Forked(run_pipeline, train, student)
         process.stdout.readline()  # it has begun to work
         time.sleep(chance.uniform(0, 0.6))
         kills += process.poll() is None
         process.kill()
-        process.communicate()
-    last = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
-    assert last.returncode == 0, last.stderr
+    code, _, err = Forked(run_pipeline, train, student).finish()
+    assert code == 0, err
     assert kills >= 6, "too fast a machine for these pauses"
     for name in ("member_00.pt", "member_01.pt", "student.pt"):
         assert torch.equal(weights(out / name), weights(ckpts / name)), (name, kills)
     assert {path.name for path in out.iterdir()} == {path.name for path in ckpts.iterdir()}
 
 
-CACHES = """
-import pathlib, sys, data, distill, torch
-print("begins", flush=True)
-folder, cache = map(pathlib.Path, sys.argv[1:])
-data.cache_decoded(data.open_dataset("folder", folder, "train"), cache)
-shape = (20, 300, 1, 96, 96)
-distill.TargetCache(cache / "student.targets.npy", shape, torch.ones(1, 1, 1), {"key": 1})
-"""
+TARGETS_SHAPE = (20, 300, 1, 96, 96)
+
+
+def open_caches(folder, cache):
+    """Decoded images and a file of targets, opened, or made where they are missing."""
+    print("begins", flush=True)
+    dataset = data.open_dataset("folder", folder, "train")
+    data.cache_decoded(dataset, cache)
+    path = cache / "student.targets.npy"
+    targets = distill.TargetCache(path, TARGETS_SHAPE, torch.ones(1, 1, 1), {"key": 1}).targets
+    return dataset, targets
+
+
+def make_caches(folder, cache):
+    open_caches(folder, cache)
+    return 0
 
 
 def test_caches_that_were_killed_while_they_were_made_are_made_anew(tmp_path):
     folder = write_folder(tmp_path / "data", train=200)
     cache, chance = tmp_path / "cache", random.Random(1)
-    script = [sys.executable, "-c", CACHES, str(folder), str(cache)]
     for _ in range(5):
-        process = subprocess.Popen(script, cwd=ROOT, stdout=subprocess.PIPE)
+        process = Forked(make_caches, folder, cache)
         process.stdout.readline()
         time.sleep(chance.uniform(0, 0.3))
         process.kill()
-        process.communicate()
-    assert subprocess.run(script, cwd=ROOT, capture_output=True).returncode == 0
-    path, shape = cache / "student.targets.npy", (20, 300, 1, 96, 96)
-    targets = distill.TargetCache(path, shape, torch.ones(1, 1, 1), {"key": 1}).targets
-    assert (targets == distill.MISSING).all() and targets.shape == shape
-    dataset = data.open_dataset("folder", folder, "train")
-    data.cache_decoded(dataset, cache)
+    code, _, err = Forked(make_caches, folder, cache).finish()
+    assert code == 0, err
+    dataset, targets = open_caches(folder, cache)
+    assert (targets == distill.MISSING).all() and targets.shape == TARGETS_SHAPE
     uncached = data.open_dataset("folder", folder, "train")
     assert len(list(cache.glob("folder-*.bin"))) == 1
     for number in (0, 7, 199):
@@ -109,43 +110,50 @@ def test_caches_that_were_killed_while_they_were_made_are_made_anew(tmp_path):
 
 # ------------------------------------------------------------------------------ locks
 
-HOLDER = """
-import os, pathlib, sys, time
-from model import locked
-with locked(pathlib.Path(sys.argv[1])):
-    if os.fork() == 0:  # as a loader's worker, which may outlive its parent for a while
-        os.close(1)
-        time.sleep(20)
-        os._exit(0)
-    print("holds", flush=True)
-    time.sleep(60)
-"""
+
+def hold(path):
+    """Hold the lock of `path`; print the number of a process that outlives this one."""
+    with model.locked(path):
+        worker = os.fork()  # as that of a loader
+        if worker == 0:
+            time.sleep(600)
+            os._exit(0)
+        print(worker, flush=True)
+        time.sleep(600)
+
+
+@contextlib.contextmanager
+def holder_of(path):
+    """A process that holds the lock of `path`; inside the `with` its worker lives, whether or not
+    it does."""
+    holder = Forked(hold, path)
+    worker = int(holder.stdout.readline())
+    try:
+        yield holder
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_a_second_writer_is_refused_and_a_dead_one_blocks_nobody(trained, command, tmp_path):
     folder, ckpts = trained
     out = tmp_path / "out"
     out.mkdir()
-    runs = {
-        "member_00.pt": ("train", *small(folder, "--epochs", 1), "--members", 1, "--out", out),
-        "student.pt": ("distill", "--teacher", ckpts, "--device", "cpu", "--epochs", 1, "--views",
-                       0, "--out", out / "student.pt"),
-        "metrics.json": ("evaluate", "--student", ckpts / "student.pt", "--out", out, "--panels", 0,
-                         "--device", "cpu"),
-    }  # fmt: skip
+    train = ["train", *small(folder, "--epochs", 1), "--members", 1, "--out", out]
+    student = ["distill", "--teacher", ckpts, "--device", "cpu", "--epochs", 1, "--views", 0]
+    student += ["--out", out / "student.pt"]
+    evaluation = ["evaluate", "--student", ckpts / "student.pt", "--device", "cpu", "--panels", 0]
+    evaluation += ["--out", out]
+    runs = {"member_00.pt": train, "student.pt": student, "metrics.json": evaluation}
     for name, flags in runs.items():
-        holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(out / name)], cwd=ROOT,
-                                  stdout=subprocess.PIPE, text=True)  # fmt: skip
-        assert holder.stdout.readline() == "holds\n"
-        code, _, err = command(*flags)
-        assert code == 2 and f"another process is writing {out / name}" in err
-        assert err.count("\n") == 1 and not (out / name).exists()
-        code, _, err = command(*flags, *(["--overwrite"] if flags[0] != "evaluate" else []))
-        assert code == 2 and not (out / name).exists()
-        holder.kill()
-        holder.wait()
-        assert command(*flags)[0] == 0 and (out / name).exists()
-        assert not (out / name).with_suffix(".lock").exists()
+        with holder_of(out / name) as holder:
+            code, _, err = command(*flags)
+            assert code == 2 and f"another process is writing {out / name}" in err
+            assert err.count("\n") == 1 and not (out / name).exists()
+            code, _, err = command(*flags, *(["--overwrite"] if flags[0] != "evaluate" else []))
+            assert code == 2 and not (out / name).exists()
+            holder.kill()
+            assert command(*flags)[0] == 0 and (out / name).exists()
+            assert not (out / name).with_suffix(".lock").exists()
 
 
 def test_members_of_one_folder_can_be_trained_by_two_commands(trained, command, tmp_path):
@@ -290,12 +298,7 @@ def test_bad_input_met_by_a_worker_is_one_line(trained, command, tmp_path):
     assert code == 2 and "cannot read the image" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("error, words", [
-    (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
-    (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
-    (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
-])  # fmt: skip
-def test_a_disk_that_refuses(folder, command, tmp_path, monkeypatch, error, words):
+def test_a_disk_that_refuses(folder, command, tmp_path, monkeypatch):
     flags = [*small(folder, "--epochs", 1), "--members", 1, "--save-every", 1e-9]
     flags += ["--out", tmp_path / "c"]
     real, calls = os.fsync, []
@@ -303,12 +306,12 @@ def test_a_disk_that_refuses(folder, command, tmp_path, monkeypatch, error, word
     def fsync(number):
         calls.append(number)
         if len(calls) == 2:  # the second state, where one is on the disk already
-            raise error
+            raise OSError(errno.ENOSPC, "No space left on device")
         real(number)
 
     monkeypatch.setattr(model.os, "fsync", fsync)
     code, _, err = command("train", *flags)
-    assert code == 2 and words in err and err.count("\n") == 1
+    assert code == 2 and "No space left on device" in err and err.count("\n") == 1
     left = {path.name for path in (tmp_path / "c").iterdir()}
     assert "member_00.state" in left and not any(name.endswith("tmp") for name in left)
     code, out, _ = command("train", *flags)  # the disk has room again
@@ -394,8 +397,8 @@ def test_impossible_flags_are_refused_with_the_reason(trained, command, tmp_path
 
 
 def test_one_member_is_no_ensemble(trained, command, tmp_path):
-    flags = [*small(trained[0], "--epochs", 1), "--members", 1, "--out", tmp_path]
-    assert command("train", *flags)[0] == 0
+    shutil.copy(trained[1] / "member_00.pt", tmp_path)
+    rewrite(tmp_path / "member_00.pt", members=1)
     code, _, err = command("distill", "--teacher", tmp_path, "--device", "cpu")
     assert code == 2 and "--mc-samples" in err and err.count("\n") == 1
 
@@ -410,7 +413,8 @@ def test_masks_of_one_class_and_of_nothing_but_void(tmp_path, command):
     for path in (folder / "labels/val").iterdir():
         mask(path, 255)
     out = tmp_path / "c"
-    assert command("train", *small(folder), "--members", 2, "--out", out)[0] == 0
+    flags = [*small(folder, "--epochs", 1), "--members", 2, "--out", out]
+    assert command("train", *flags)[0] == 0
     assert torch.isfinite(weights(out / "member_00.pt")).all()
     assert command("distill", "--teacher", out, "--device", "cpu")[0] == 0
     flags = ["--student", out / "student.pt", "--teacher", out, "--device", "cpu"]
@@ -421,7 +425,8 @@ def test_masks_of_one_class_and_of_nothing_but_void(tmp_path, command):
 
 def test_images_smaller_than_the_crop_and_a_set_smaller_than_a_batch(tmp_path, command):
     folder = write_folder(tmp_path / "data", train=3, size=(20, 24))
-    flags = [*small(folder), "--batch-size", 8, "--members", 1, "--out", tmp_path / "c"]
+    flags = [*small(folder, "--epochs", 1), "--batch-size", 8, "--members", 1]
+    flags += ["--out", tmp_path / "c"]
     code, out, _ = command("train", *flags)
     assert code == 0 and "3 training images are less than a batch of 8" in out
     assert load_model(tmp_path / "c/member_00.pt")
@@ -430,32 +435,22 @@ def test_images_smaller_than_the_crop_and_a_set_smaller_than_a_batch(tmp_path, c
 # ------------------------------------------------------------------------------ processes
 
 
-def torchrun(script, *flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               ROOT / script, *flags]  # fmt: skip
-    return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
-def test_members_dealt_out_are_the_same_and_a_student_trains_in_two_processes(folder, tmp_path):
-    flags = [*map(str, small(folder, "--epochs", 1)), "--members", "2", "--out"]
-    one = [sys.executable, ROOT / "train_ensemble.py", *flags, tmp_path / "one"]
-    subprocess.run(one, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    two = torchrun("train_ensemble.py", *flags, tmp_path / "two")
-    assert two.returncode == 0, two.stderr
+def test_members_dealt_out_are_the_same_and_a_student_trains_in_two_processes(trained, tmp_path):
+    flags = [*small(trained[0]), "--members", 2, "--out", tmp_path]
+    first, second = run_ranks("train_ensemble", *flags)
+    assert first[0] == second[0] == 0, (first, second)
+    assert first[1].count("training and") == 1 and second[1] == ""  # the first process alone speaks
     for name in ("member_00.pt", "member_01.pt"):
-        assert torch.equal(weights(tmp_path / "one" / name), weights(tmp_path / "two" / name))
-    assert two.stdout.count("training and") == 1  # the first process alone speaks
-    curves = (tmp_path / "two" / "curves.svg").read_text()
+        assert torch.equal(weights(trained[1] / name), weights(tmp_path / name))
+    curves = (tmp_path / "curves.svg").read_text()
     assert "member_00" in curves and "member_01" in curves
-    student = torchrun("distill.py", "--teacher", tmp_path / "two", "--batch-size", 4, "--views", 1,
-                       "--device", "cpu")  # fmt: skip
-    assert student.returncode == 0, student.stderr
-    assert student.stdout.count("epoch 1/1") == 1  # one process speaks
-    assert load_model(tmp_path / "two/student.pt").uncertainty is not None
-    assert {p.suffix for p in (tmp_path / "two").glob("student*")} == {".pt", ".jsonl"}
+
+    flags = ["--teacher", tmp_path, "--batch-size", 4, "--epochs", 1, "--views", 1]
+    first, second = run_ranks("distill", *flags, "--device", "cpu")
+    assert first[0] == second[0] == 0, (first, second)
+    assert first[1].count("epoch 1/1") == 1 and second[1] == ""
+    assert load_model(tmp_path / "student.pt").uncertainty is not None
+    assert {p.suffix for p in tmp_path.glob("student*")} == {".pt", ".jsonl"}
 
 
 def distil_an_epoch(rank, root, world, frozen):
@@ -514,7 +509,7 @@ def distil_an_epoch(rank, root, world, frozen):
 def distil_alone_and_in_two(root, frozen):
     """The results of one process, and of each of two."""
     distil_an_epoch(0, root, 1, frozen)
-    torch.multiprocessing.spawn(distil_an_epoch, (str(root), 2, frozen), nprocs=2)
+    in_two_processes(distil_an_epoch, str(root), 2, frozen)
     return [torch.load(root / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")]
 
 

@@ -7,6 +7,7 @@ import argparse
 import ast
 import errno
 import fcntl
+import io
 import json
 import os
 import pathlib
@@ -17,18 +18,17 @@ import subprocess
 import sys
 import termios
 import tomllib
-from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 from conftest import small, weights
+from processes import ROOT, Forked, run_command, run_ranks, run_with_forks, torchrun
 
 import evaluate
 import model
 from model import DeepLabV3, ModelError, load_weights
 
-ROOT = Path(__file__).parent.parent
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -84,40 +84,46 @@ def test_the_share_beyond_float16_is_that_of_the_labelled_pixels():
 CAFE = os.fsdecode(b"caf\xe9")  # Latin-1, which is no UTF-8
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {"LC_ALL": "C.UTF-8"},
-        {"LC_ALL": "C"},
-        {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-        {"PYTHONIOENCODING": "ascii:strict"},
-    ],
-)
-def test_a_latin_1_name_ends_no_evaluation(trained, tmp_path, environment):
+def run_with_stdout(encoding, errors, name, *flags):
+    """A command with the stdout of an environment."""
+    sys.stdout.reconfigure(encoding=encoding, errors=errors)
+    return run_command(name, *flags)
+
+
+@pytest.mark.parametrize("stdout", [("utf-8", "surrogateescape"), ("ascii", "strict"), "POSIX"])
+def test_a_latin_1_name_ends_no_evaluation(trained, tmp_path, stdout):
     """After hours a traceback: report.html could not be written, for an image was caf\\xe9.png."""
     folder = tmp_path / f"data_{CAFE}"
     shutil.copytree(trained[0], folder)
     for kind in ("images", "labels"):
         (folder / kind / "val" / "0.png").rename(folder / kind / "val" / f"{CAFE}.png")
     out = tmp_path / f"results_{CAFE}"
-    flags = ("--student", trained[1] / "student.pt", "--device", "cpu", "--out", out,
-             "--data", folder, "--panels", 3, "--save-scores", tmp_path / "scores")  # fmt: skip
-    code, stdout, err = shell('"$@"', script("evaluate.py", *flags), **environment)
+    flags = ("--student", trained[1] / "student.pt", "--device", "cpu", "--out", out)
+    flags += ("--data", folder, "--panels", 3, "--save-scores", tmp_path / "scores")
+    if stdout == "POSIX":  # ASCII for the names of files too, from the start of the interpreter
+        environment = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        code, text, err = shell('"$@"', script("evaluate.py", *flags), **environment)
+    else:
+        code, text, err = Forked(run_with_stdout, *stdout, "evaluate", *flags).finish()
     assert (code, err) == (0, "")
-    assert "3 panels" in stdout
+    assert "3 panels" in text
     assert len(list((out / "panels").glob(f"*{CAFE}.png"))) == 1
     assert (tmp_path / "scores" / "val" / "student-msp" / f"{CAFE}.npy").exists()
     assert "caf?" in (out / "report.html").read_text(encoding="utf-8")
     json.loads((out / "metrics.json").read_text(encoding="utf-8"))
 
 
-def test_class_names_beyond_ascii_are_printed_anywhere(trained, command, tmp_path, monkeypatch):
+def test_class_names_beyond_ascii_are_printed_anywhere(monkeypatch):
     """UnicodeEncodeError at a print on a terminal that is not UTF-8."""
-    words = "import evaluate; print('Straße', flush=True); print(evaluate.os.fsdecode(b'\\xff'))"
-    line = f"import evaluate, sys; sys.exit(evaluate.exit_code_of(exec, {words!r}))"
-    code, out, err = shell('"$@"', [sys.executable, "-c", line], PYTHONIOENCODING="ascii",
-                           PYTHONPATH=str(ROOT))  # fmt: skip
-    assert (code, out, err) == (0, "Stra\\xdfe\n\\udcff\n", "")
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+
+    def speak():
+        print("Straße", flush=True)
+        print(os.fsdecode(b"\xff"))
+
+    assert evaluate.exit_code_of(speak) == 0
+    assert terminal.buffer.getvalue() == b"Stra\\xdfe\n\\udcff\n"
 
 
 # ------------------------------------------------------------------ nothing is lost
@@ -175,6 +181,11 @@ def test_weights_of_torchvisions_reference_training(tmp_path):
     assert line.endswith(", 0 random")
 
 
+@pytest.fixture(scope="module")
+def resnet18_weights():
+    return torchvision.models.resnet18().state_dict()
+
+
 @pytest.mark.parametrize(
     "prefix, key",
     [
@@ -190,15 +201,14 @@ def test_weights_of_torchvisions_reference_training(tmp_path):
         ("_fsdp_wrapped_module.model.", "model"),
     ],
 )
-def test_prefixes_of_wrappers_come_off(tmp_path, prefix, key):
+def test_prefixes_of_wrappers_come_off(resnet18_weights, tmp_path, prefix, key):
     """Weights of a compiled, a distributed or a Lightning training "do not fit backbone"."""
-    classifier = torchvision.models.resnet18()
-    state = {prefix + name: value for name, value in classifier.state_dict().items()}
+    state = {prefix + name: value for name, value in resnet18_weights.items()}
     torch.save({key: state} if key else state, tmp_path / "w.pt")
     network = DeepLabV3("resnet18", 3)
     load_weights(network, str(tmp_path / "w.pt"), "resnet18")
     for name, value in network.backbone.state_dict().items():
-        assert torch.equal(value, classifier.state_dict()[name])
+        assert torch.equal(value, resnet18_weights[name])
 
 
 def test_prefixes_of_torchvisions_mobilenet_come_off(tmp_path):
@@ -211,11 +221,11 @@ def test_prefixes_of_torchvisions_mobilenet_come_off(tmp_path):
     assert torch.equal(network.backbone[0][0].weight, classifier.features[0][0].weight)
 
 
-def test_two_networks_in_one_file_are_refused(tmp_path):
+def test_two_networks_in_one_file_are_refused(resnet18_weights, tmp_path):
     """A file with a network and its moving average: which one was taken depended on the order."""
     state = {}
     for prefix in ("model.", "net."):
-        for name, value in torchvision.models.resnet18().state_dict().items():
+        for name, value in resnet18_weights.items():
             state[prefix + name] = value
     torch.save(state, tmp_path / "w.pt")
     with pytest.raises(ModelError, match="hold two networks, as model.conv1.weight and net.conv1"):
@@ -256,20 +266,19 @@ def test_a_reference_training_is_no_checkpoint_of_this_project(tmp_path):
 
 # ------------------------------------------------------------------ file systems
 
-WITHOUT_LOCKS = """
-import errno, fcntl, os
-def lockf(*_):
-    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-fcntl.lockf = lockf
-"""
+
+def train_without_locks(*flags):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    fcntl.lockf = lockf
+    return run_with_forks("train_ensemble", *flags)
 
 
-def test_a_file_system_without_locks_is_said_once(folder, trained, tmp_path):
+def test_a_file_system_without_locks_is_said_once(trained, tmp_path):
     """On a network disk: "No locks available; free the disk"."""
-    (tmp_path / "sitecustomize.py").write_text(WITHOUT_LOCKS)
-    flags = (*small(folder), "--members", 2, "--parallel", 2, "--out", tmp_path / "out")
-    words = script("train_ensemble.py", *flags)
-    code, _, err = shell('"$@"', words, PYTHONPATH=str(tmp_path))
+    flags = (*small(trained[0]), "--members", 2, "--parallel", 2, "--out", tmp_path / "out")
+    code, _, err = Forked(train_without_locks, *flags).finish()
     assert code == 0
     assert err.startswith(f"note: the file system of {tmp_path / 'out'} has no locks")
     assert err.count("\n") == 1
@@ -353,17 +362,34 @@ def test_limits_that_arrive_as_runtime_errors_have_a_remedy(capsys, text):
 # ------------------------------------------------------------------ pipes and closed streams
 
 
-@pytest.mark.parametrize("parallel, redirection", [(1, ""), (2, ""), (1, "2>&1")])
-def test_a_training_outlives_its_listener(folder, trained, tmp_path, parallel, redirection):
+def run_with_one_pipe(name, *flags):
+    """A command with `2>&1`."""
+    os.dup2(1, 2)
+    return run_command(name, *flags)
+
+
+def run_with_closed_streams(numbers, name, *flags):
+    """A command with `>&-`, `2>&-` or both; Python has None for what is closed."""
+    for number in numbers:
+        os.close(number)
+        setattr(sys, {1: "stdout", 2: "stderr"}[number], None)
+    return run_command(name, *flags)
+
+
+@pytest.mark.parametrize(
+    "parallel, run", [(1, run_command), (2, run_with_forks), (1, run_with_one_pipe)]
+)
+def test_a_training_outlives_its_listener(trained, tmp_path, parallel, run):
     """`train_ensemble.py | head -1` ended the training: "Broken pipe; free the disk"."""
-    flags = (*small(folder), "--members", 2, "--out", tmp_path, "--parallel", parallel)
-    words = script("train_ensemble.py", *flags)
-    line = f'"$@" {redirection} | head -1; exit ${{PIPESTATUS[0]}}'
-    code, out, err = shell(line, words)
-    assert code == 0 and out.count("\n") == 1
+    flags = (*small(trained[0]), "--members", 2, "--out", tmp_path, "--parallel", parallel)
+    process = Forked(run, "train_ensemble", *flags)
+    assert process.stdout.readline().endswith(" classes\n")
+    process.stdout.close()
+    code, _, err = process.finish()
+    assert code == 0
     for name in ("member_00.pt", "member_01.pt"):
         assert torch.equal(weights(tmp_path / name), weights(trained[1] / name))
-    if redirection:
+    if run is run_with_one_pipe:
         assert err == ""
     else:
         lines = set(err.splitlines())
@@ -373,70 +399,65 @@ def test_a_training_outlives_its_listener(folder, trained, tmp_path, parallel, r
 
 def test_an_evaluation_outlives_its_listener(trained, tmp_path):
     """The same for an evaluation; its results are files."""
-    words = script("evaluate.py", *evaluation(trained[1], tmp_path))
-    code, _, err = shell('"$@" | true; exit ${PIPESTATUS[0]}', words)
+    process = Forked(run_command, "evaluate", *evaluation(trained[1], tmp_path))
+    process.stdout.close()
+    code, _, err = process.finish()
     assert code == 0 and err.startswith("note: ") and err.count("\n") == 1
     assert (tmp_path / "metrics.json").exists() and (tmp_path / "report.html").exists()
 
 
-@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", [(2,), (1,), (1, 2)])
 def test_closed_streams_change_nothing(trained, tmp_path, closed):
     """With stderr closed: exit code 1 and no message."""
-    words = script("evaluate.py", *evaluation(trained[1], tmp_path))
-    code, out, err = shell(f'"$@" {closed}', words)
+    flags = evaluation(trained[1], tmp_path)
+    code, out, err = Forked(run_with_closed_streams, closed, "evaluate", *flags).finish()
     assert code == 0 and err == ""
-    assert ("Segmentation" in out) == (">&-" not in closed.split())
+    assert ("Segmentation" in out) == (1 not in closed)
     json.loads((tmp_path / "metrics.json").read_text())
 
 
-def test_an_error_is_seen_where_stderr_is_closed(tmp_path):
+def test_streams_that_a_shell_closed_change_nothing(trained, tmp_path):
+    """The same of a whole interpreter, with all three closed."""
+    words = script("evaluate.py", *evaluation(trained[1], tmp_path))
+    code, out, err = shell('"$@" <&- >&- 2>&-', words)
+    assert (code, out, err) == (0, "", "")
+    json.loads((tmp_path / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("flags", [("--student", "no.pt"), ("--bogus",)])
+def test_an_error_is_seen_where_stderr_is_closed(flags):
     """The same, of an error, of the training and of the command line."""
-    code, out, err = shell('"$@" 2>&-', script("evaluate.py", "--student", tmp_path / "no.pt"))
-    assert code == 2 and out.startswith("error: no such checkpoint") and err == ""
-    code, out, err = shell('"$@" 2>&-', script("evaluate.py", "--bogus"))
-    assert code == 2 and out.startswith("error: ") and err == ""
+    code, out, err = Forked(run_with_closed_streams, (2,), "evaluate", *flags).finish()
+    begin = "error: no such checkpoint" if "no.pt" in flags else "error: "
+    assert code == 2 and out.startswith(begin) and err == ""
 
 
-def test_a_closed_stderr_takes_no_part_in_a_training(folder, trained, tmp_path):
-    """With 2>&- a training in two processes ends in the same weights."""
-    flags = (*small(folder), "--members", 2, "--out", tmp_path, "--parallel", 2)
-    code, out, err = shell('"$@" 2>&- </dev/null', script("train_ensemble.py", *flags))
+def test_a_closed_stderr_takes_no_part_in_a_training(trained, tmp_path):
+    """With 2>&- a training in two processes (interpreters of their own) ended in other weights."""
+    flags = (*small(trained[0]), "--members", 2, "--out", tmp_path, "--parallel", 2)
+    process = Forked(run_with_closed_streams, (2,), "train_ensemble", *flags)
+    code, out, err = process.finish()
     assert code == 0 and "2 members in" in out and err == ""
     assert torch.equal(weights(tmp_path / "member_01.pt"), weights(trained[1] / "member_01.pt"))
 
 
-def test_a_terminal_that_was_closed_ends_no_work():
+def test_a_terminal_that_was_closed_ends_no_work(monkeypatch, capsys):
     """A terminal was closed below `disown`ed work: EIO, "the disk fails"."""
     controller, terminal = os.openpty()
-    program = "import evaluate, sys; sys.exit(evaluate.exit_code_of(exec, sys.argv[1]))"
-    work = "sys.stdin.readline(); print('a line', flush=True); print('done', file=sys.stderr)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, f"import sys; {work}"],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=terminal, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    os.close(terminal)
-    os.close(controller)
-    _, err = process.communicate("go on\n")
-    assert process.returncode == 0
+    with open(terminal, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        os.close(controller)
+
+        def work():
+            print("a line", flush=True)
+            print("done", file=sys.stderr)
+
+        assert evaluate.exit_code_of(work) == 0
+    err = capsys.readouterr().err
     assert err.startswith("note: ") and err.endswith("\ndone\n")
 
 
 # ------------------------------------------------------------------ the live line
-
-LIVE_LINE = """
-import sys, evaluate
-line = evaluate.LiveLine()
-for words in sys.stdin:
-    words = words.rstrip("\\n")
-    if words == "clear":
-        line.clear()
-    elif words.startswith("print "):
-        print(words.removeprefix("print "), file=sys.stderr, flush=True)
-    else:
-        line.show(words)
-    print("shown", flush=True)
-"""
 
 
 class Screen:
@@ -467,40 +488,36 @@ class Screen:
 
 
 class PseudoTerminal:
-    """A process whose stderr is a terminal of a size that may change."""
+    """A live line on a terminal of a size that may change."""
 
     def __init__(self):
         self.controller, terminal = os.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", LIVE_LINE], cwd=ROOT, text=True, encoding="utf-8",
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=terminal,
-            env=ONE_THREAD | {"PYTHONUTF8": "1"},
-        )  # fmt: skip
-        os.close(terminal)
-        os.set_blocking(self.controller, False)
+        self.stderr = open(terminal, "w", encoding="utf-8")
 
     def show(self, words, columns):
         """What the terminal gets for one line of words while it has so many columns."""
         size = struct.pack("HHHH", 24, columns, 0, 0)
         fcntl.ioctl(self.controller, termios.TIOCSWINSZ, size)
-        self.process.stdin.write(words + "\n")
-        self.process.stdin.flush()
-        assert self.process.stdout.readline() == "shown\n"
+        if words == "clear":
+            self.line.clear()
+        elif words.startswith("print "):
+            print(words.removeprefix("print "), file=self.stderr, flush=True)
+        else:
+            self.line.show(words)
+        print(end="\0", file=self.stderr, flush=True)  # the end of what was shown
         received = b""
-        try:
-            while chunk := os.read(self.controller, 65536):
-                received += chunk
-        except BlockingIOError:
-            pass
-        return received.decode()
+        while not received.endswith(b"\0"):
+            received += os.read(self.controller, 65536)
+        return received.removesuffix(b"\0").decode()
 
 
-@pytest.fixture(scope="module")
-def pseudo_terminal():
+@pytest.fixture
+def pseudo_terminal(monkeypatch):
     terminal = PseudoTerminal()
+    monkeypatch.setattr(sys, "stderr", terminal.stderr)
+    terminal.line = evaluate.LiveLine()
     yield terminal
-    terminal.process.stdin.close()
-    terminal.process.wait()
+    terminal.stderr.close()
     os.close(terminal.controller)
 
 
@@ -535,33 +552,29 @@ def test_the_live_line_counts_columns_not_characters(pseudo_terminal):
 # ------------------------------------------------------------------ torchrun
 
 
-def torchrun(*words):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.run(
-        [*command, str(ROOT / words[0]), *(str(word) for word in words[1:])],
-        capture_output=True, text=True, env=ONE_THREAD,
-    )  # fmt: skip
-    return process.returncode, process.stdout, process.stderr
-
-
 def test_torchrun_of_an_evaluation_says_that_it_is_for_one_process(trained, command, tmp_path):
     """One process worked, the other failed at its lock with torchrun's traceback."""
-    code, out, err = torchrun("evaluate.py", *evaluation(trained[1], tmp_path / "two"))
+    words = ["--standalone", "--nproc-per-node=2", ROOT / "evaluate.py"]
+    words += evaluation(trained[1], tmp_path / "two")
+    both = Forked(torchrun, *words)
+    assert command("evaluate", *evaluation(trained[1], tmp_path / "one"))[0] == 0
+    code, out, err = both.finish()
     assert code == 0
     assert err.count("works in one process") == 1 and "Traceback" not in err
     assert out.count("Segmentation") == 1
-    assert command("evaluate", *evaluation(trained[1], tmp_path / "one"))[0] == 0
     results = []
     for name in ("one", "two"):
         results.append(json.loads((tmp_path / name / "metrics.json").read_text()))
     assert results[0]["segmentation"] == results[1]["segmentation"]
 
 
-@pytest.mark.parametrize("name", ["evaluate.py", "distill.py"])
+@pytest.mark.parametrize("name", ["evaluate", "distill"])
 def test_torchrun_of_a_wrong_flag_is_one_line(name):
     """Every process printed the same error."""
-    code, _, err = torchrun(name, "--bogus")
-    assert code != 0 and err.count("error: unrecognized arguments: --bogus") == 1
+    first, second = run_ranks(name, "--bogus")
+    assert first[0] == second[0] == 2
+    errors = first[2] + second[2]
+    assert errors.count("error: unrecognized arguments: --bogus") == 1
 
 
 # ------------------------------------------------------------------ old Pythons
