@@ -5,6 +5,7 @@ Each test says in one line what a user reported.
 
 import argparse
 import ast
+import contextlib
 import errno
 import fcntl
 import io
@@ -493,17 +494,20 @@ class PseudoTerminal:
     def __init__(self):
         self.controller, terminal = os.openpty()
         self.stderr = open(terminal, "w", encoding="utf-8")
+        with contextlib.redirect_stderr(self.stderr):
+            self.line = evaluate.LiveLine()
 
     def show(self, words, columns):
         """What the terminal gets for one line of words while it has so many columns."""
         size = struct.pack("HHHH", 24, columns, 0, 0)
         fcntl.ioctl(self.controller, termios.TIOCSWINSZ, size)
-        if words == "clear":
-            self.line.clear()
-        elif words.startswith("print "):
-            print(words.removeprefix("print "), file=self.stderr, flush=True)
-        else:
-            self.line.show(words)
+        with contextlib.redirect_stderr(self.stderr):
+            if words == "clear":
+                self.line.clear()
+            elif words.startswith("print "):
+                print(words.removeprefix("print "), file=sys.stderr)
+            else:
+                self.line.show(words)
         print(end="\0", file=self.stderr, flush=True)  # the end of what was shown
         received = b""
         while not received.endswith(b"\0"):
@@ -512,10 +516,8 @@ class PseudoTerminal:
 
 
 @pytest.fixture
-def pseudo_terminal(monkeypatch):
+def pseudo_terminal():
     terminal = PseudoTerminal()
-    monkeypatch.setattr(sys, "stderr", terminal.stderr)
-    terminal.line = evaluate.LiveLine()
     yield terminal
     terminal.stderr.close()
     os.close(terminal.controller)
