@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import COMMANDS, scene, write_folder
+from conftest import COMMANDS, scene
 from PIL import Image
 
 import data
@@ -80,7 +80,7 @@ def test_every_flag_of_a_command_is_known(page):
 def test_links_lead_somewhere(page):
     text = page.read_text()
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if target.startswith("https://"):
+        if "://" in target:
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
@@ -126,7 +126,14 @@ def write_road_anomaly(root):
 
 
 def write_flat_folder(root):
-    write_folder(root, train=5, val=3)
+    rng = np.random.default_rng(4)
+    root.mkdir()
+    (root / "classes.txt").write_text("floor\nwall\n")
+    for place in ("hall", "yard", "roof"):
+        for number in range(2):
+            image, labels = scene(rng, (36, 48), 2)
+            name = f"{place}_{number}.png"
+            write_pair(root / "images" / name, root / "labels" / name, labels, image)
 
 
 def write_cityscapes(root):
