@@ -165,24 +165,22 @@ PAGES_TO_RUN = ["README.md", "docs/PAPER.md", "docs/RESULTS.md"]
 
 @pytest.mark.parametrize("name", PAGES_TO_RUN)
 def test_the_commands_run(name, workplace, capsys):
-    ran = 0
-    done = set()
+    done = []
     for words in commands_of(ROOT / name):
         script = script_of(words)
         is_launched = any(launcher in words for launcher in LAUNCHERS)
         if script is None or script[0] not in SCRIPTS or is_launched:
             continue
         command = SCRIPTS[script[0]]
-        flags = [*script[1], *shlex.split(TOY[command])]
-        if tuple(flags) in done:  # the page's one line that repeats its three
+        if words[0].startswith(".venv/"):  # the one line that installs and does all
+            assert ["python", *words[1:]] in done
             continue
-        done.add(tuple(flags))
-        flags = fewer_members(flags)
+        done.append(words)
+        flags = fewer_members([*script[1], *shlex.split(TOY[command])])
         module = COMMANDS[command]
         code = run_main(module.main, module.get_args_parser(), flags)
         assert code == 0, (words, capsys.readouterr().err)
-        ran += 1
-    assert ran >= 5
+    assert len(done) >= 5
 
 
 def fewer_members(flags):
