@@ -3685,11 +3685,11 @@ def resolve(args: argparse.Namespace, checkpoint: dict, device: torch.device) ->
     config = checkpoint["config"]
     dataset = args.dataset or trained["dataset"]
     folder = args.data
+    if folder is None and dataset == trained["dataset"] and trained["data"]:
+        folder = Path(trained["data"])
     val_share = None
-    if dataset == trained["dataset"]:
+    if data.is_flat(dataset, folder, args.split) and args.split != "all":
         val_share = trained.get("val")  # so that nothing is evaluated on what was trained on
-        if folder is None and trained["data"]:
-            folder = Path(trained["data"])
 
     # ---------------------------------------------------------------- OOD sets
     ood = []
