@@ -837,8 +837,8 @@ def main(args: argparse.Namespace) -> None:
             seconds = seconds_if_long(flags, num_views)
             if seconds > 0:
                 print(
-                    f"this will take about {rough_time(seconds)} on this CPU; fewer --epochs, or "
-                    "--views 1, take less",
+                    f"this will take about {rough_time(seconds)} on this CPU with nothing else to "
+                    "do; fewer --epochs, or --views 1, take less",
                     flush=True,
                 )
 

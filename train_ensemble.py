@@ -1205,23 +1205,27 @@ def work_of_views(backbone: str, size: data.Size, num_views: float) -> float:
 
 
 def time_of_work(amp: str) -> float:
-    """Seconds of a training step for each multiplication of its forward pass, on this CPU now.
+    """Seconds of a training step for each multiplication of its forward pass, on this CPU.
 
-    It is the best of some convolutions forward and backward, in half a second. Measured on two
-    cores, the steps of ResNets come within a tenth of that, and those of MobileNet take up to 1.7
-    times as long.
+    It is the best of some convolutions forward and backward, in half a second. Measured on a core,
+    the steps of ResNets come within a tenth of that, and those of MobileNet take up to 1.7 times
+    as long. What is counted is the time that one thread has a core, divided by the threads: while
+    other programs keep the cores busy, and where there are very many, training takes longer.
     """
     images = torch.ones(2, 256, 24, 32, requires_grad=True)
     weight = torch.ones(256, 256, 3, 3, requires_grad=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several would wait for each other on a busy machine
     best = math.inf
     begun = time.perf_counter()
     while time.perf_counter() - begun < 0.5:
-        started = time.perf_counter()
+        started = time.process_time()
         with autocast(torch.device("cpu"), amp):
             output = F.conv2d(images, weight, padding=1)
         output.float().sum().backward()
-        best = min(best, time.perf_counter() - started)
-    return best / (images[:, 0].numel() * weight.numel())
+        best = min(best, time.process_time() - started)
+    torch.set_num_threads(threads)
+    return best / threads / (images[:, 0].numel() * weight.numel())
 
 
 def warn_of_hours(flags: TrainingFlags, image_size: data.Size, num_views: float) -> None:
@@ -1245,7 +1249,10 @@ def warn_of_hours(flags: TrainingFlags, image_size: data.Size, num_views: float)
         backbone = "resnet18" if "--backbone resnet18" in changes else flags.backbone
         faster = work_of_views(backbone, (height, width), num_views) * time_of_work(flags.amp)
         advice = f"{' '.join(changes)} takes about {rough_time(faster)}"
-    print(f"this will take about {rough_time(seconds)} on this CPU; {advice}", flush=True)
+    print(
+        f"this will take about {rough_time(seconds)} on this CPU with nothing else to do; {advice}",
+        flush=True,
+    )
 
 
 def smaller_size(size: data.Size) -> data.Size:

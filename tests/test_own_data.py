@@ -21,7 +21,7 @@ import distill
 import evaluate
 import train_ensemble
 from data import DataError, open_dataset
-from model import BACKBONES, DeepLabV3, read_checkpoint
+from model import BACKBONES, DeepLabV3, UsageError, read_checkpoint
 
 PAGE = (Path(__file__).parents[1] / "docs" / "DATA.md").read_text(encoding="utf-8")
 
@@ -205,6 +205,15 @@ def test_val_is_for_folders_without_splits(folder, command, tmp_path):
     assert code == 2 and "--val 20: has to lie between 0 and 1" in err
 
 
+def test_a_relative_folder_of_an_older_checkpoint_still_leads_there(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    evaluate.refuse_moved_data(Path(folder.name))
+    evaluate.refuse_moved_data(None)
+    monkeypatch.chdir("/")
+    with pytest.raises(UsageError, match="if the data set has moved, name its folder with --data"):
+        evaluate.refuse_moved_data(Path(folder.name))
+
+
 # ------------------------------------------------------------------------------ names of masks
 
 
@@ -328,14 +337,19 @@ def test_hours_on_a_cpu_are_said_before_the_first_step(monkeypatch, capsys):
     assert measured == []  # nothing is measured where no CPU takes long
     train_ensemble.warn_of_hours(flags, (360, 480), 40000)
     assert capsys.readouterr().out == (
-        "this will take about 36 h on this CPU; --backbone resnet18 --image-size 180 240 takes "
-        "about 48 min\n"
+        "this will take about 36 h on this CPU with nothing else to do; "
+        "--backbone resnet18 --image-size 180 240 takes about 48 min\n"
     )
     flags = flags._replace(crop_size=(180, 240))
     train_ensemble.warn_of_hours(flags, (180, 240), 40000)
-    assert "about 9.0 h on this CPU; --backbone resnet18 takes" in capsys.readouterr().out
+    assert (
+        "about 9.0 h on this CPU with nothing else to do; --backbone resnet18 takes"
+        in capsys.readouterr().out
+    )
     train_ensemble.warn_of_hours(flags._replace(backbone="resnet18"), (180, 240), 400000)
-    assert "about 8.0 h on this CPU; fewer --epochs or --members" in capsys.readouterr().out
+    assert (
+        "about 8.0 h on this CPU with nothing else to do; fewer --epochs" in capsys.readouterr().out
+    )
     assert train_ensemble.rough_time(100 * 3600) == "4 days"
 
 
@@ -357,7 +371,9 @@ def test_the_work_of_each_backbone_is_that_of_its_convolutions(backbone):
 
 
 def test_the_time_of_work_is_measured():
+    threads = torch.get_num_threads()
     assert 1e-14 < train_ensemble.time_of_work("off") < 1e-7
+    assert torch.get_num_threads() == threads
 
 
 def test_members_side_by_side_share_one_live_line(monkeypatch):
