@@ -262,7 +262,7 @@ print(json.dumps([shapes, metadata]))
     answer = subprocess.run(words, cwd=home, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
     shapes, metadata = json.loads(answer.stdout.splitlines()[-1])
-    assert shapes["probabilities"] == [1, 5, 48, 72] and shapes["dudes"] == [1, 48, 72]
+    assert shapes["probabilities"] == [1, 5, 48, 77] and shapes["dudes"] == [1, 48, 77]
     assert list(shapes) == list(metadata["outputs"])
     assert metadata["classes"][0] == "road" and metadata["palette"][1] == [10, 0, 255]
     assert metadata["measures"] == MEASURES and metadata["image_size"] == [48, 72]
