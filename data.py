@@ -24,6 +24,7 @@ Outline, in this order:
 
 import bisect
 import codecs
+import errno
 import fcntl
 import hashlib
 import io
@@ -35,6 +36,7 @@ import re
 import signal
 import struct
 import unicodedata
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -79,6 +81,23 @@ TURNS = {  # what sets an image upright, by its orientation; 1 is upright
 QUARTER_TURNS = (5, 6, 7, 8)  # these exchange height and width
 ONE_CHANNEL = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B")  # PIL's modes of whole numbers
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+METADATA_KEYS = ("exif", "xmp", "XML:com.adobe.xmp")  # where PIL keeps what may turn an image
+LATE_METADATA = 2**16  # bytes at the end of a PNG file in which its last metadata begin
+UNREAD_SUFFIXES = tuple(
+    ".heic .heif .avif .jxl .jxr .dng .cr2 .cr3 .nef .arw .raf .rw2 .exr".split()
+)
+SYSTEM_FOLDERS = (  # of network disks, recycle bins, disk checks and archives, in small letters
+    "@eadir",
+    "@recycle",
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "recycler",
+    "system volume information",
+    "lost+found",
+    "__macosx",
+)
+LONGEST_NAME = 200  # bytes; a file system takes 255, and endings such as _uncertainty16.png follow
 
 
 def is_image(path: Path) -> bool:
@@ -96,11 +115,12 @@ def walk_files(folder: Path, above: tuple[str, ...] = ()) -> list[Path]:
     """Every file in a folder and its subfolders, in no order. Links are followed.
 
     What begins with a dot is left out: the system and editors put it there, as ._x.png and
-    .ipynb_checkpoints. `above` are the folders that the walk came through: a link back to one of
-    them is not followed. DataError at a link that leads nowhere.
+    .ipynb_checkpoints; `SYSTEM_FOLDERS` are, too. `above` are the folders that the walk came
+    through: a link to one of them, or to a folder that holds it, is not followed. DataError at a
+    link that leads nowhere, and at a device or a pipe with the name of an image.
     """
     real_folder = os.path.realpath(folder)
-    if real_folder in above:
+    if any(Path(passed).is_relative_to(real_folder) for passed in above):
         return []
     files = []
     with os.scandir(folder) as entries:
@@ -114,10 +134,24 @@ def walk_files(folder: Path, above: tuple[str, ...] = ()) -> list[Path]:
                     f"the link {path} leads to {target}, which is not there; mend or remove it"
                 )
             if entry.is_dir():
-                files += walk_files(path, (*above, real_folder))
+                if entry.name.lower() not in SYSTEM_FOLDERS:
+                    files += walk_files(path, (*above, real_folder))
             elif entry.is_file():
                 files.append(path)
+            elif is_image(path):
+                raise DataError(f"{path} is a device, a pipe or a socket, no image; remove it")
     return files
+
+
+def file_stem(name: str) -> str:
+    """`name` as the beginning of a file's name: a long one is cut, and gets digits of its own."""
+    if len(os.fsencode(name)) <= LONGEST_NAME:
+        return name
+    digits = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    kept = name
+    while len(os.fsencode(kept)) > LONGEST_NAME - len(digits) - 1:
+        kept = kept[:-1]
+    return f"{kept}-{digits}"
 
 
 @contextmanager
@@ -127,9 +161,19 @@ def open_with_pil(kind: str, path: Path) -> Iterator[Image.Image]:
     `kind` is what the message calls the file: "image" or "mask".
     """
     try:
-        with open_any_png(path) as image:
-            yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            # PIL warns of damaged metadata, which say nothing about the pixels, and of large files.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            with open_any_png(path) as image:
+                yield image
+    except Image.DecompressionBombError:
+        raise DataError(
+            f"the {kind} {path} has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; cut it into "
+            "smaller ones"
+        ) from None
+    except DataError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:
         message = f"cannot read the {kind} {path} ({error}); restore or remove the file"
         raise DataError(message) from error
 
@@ -141,10 +185,10 @@ def open_any_png(path: Path) -> Image.Image:
     except (OSError, SyntaxError, ValueError):
         if not path.is_file():
             raise
-        content = path.read_bytes()
-        if not content.startswith(PNG_SIGNATURE):
-            raise
-    return Image.open(io.BytesIO(png_without_metadata(content)))
+        with open(path, "rb") as file:
+            if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
+                raise
+    return Image.open(io.BytesIO(png_without_metadata(path.read_bytes())))
 
 
 def png_without_metadata(content: bytes) -> bytes:
@@ -190,25 +234,53 @@ class Header(NamedTuple):
 def read_header(kind: str, path: Path) -> Header:
     """The size and mode of an image file; its pixels are not read. `kind` as in `open_with_pil`."""
     with open_with_pil(kind, path) as image:
+        if kind == "mask":
+            check_mask_format(image, path)
         height = image.height
         width = image.width
         # The size of a TIFF file is that of the upright image. And to look for EXIF data behind the
         # pixels of a PNG file, PIL would read all of it.
-        tag_matters = image.format not in ("TIFF", "PNG") or "exif" in image.info
+        tag_matters = image.format != "TIFF"
+        if image.format == "PNG":
+            tag_matters = has_metadata(image, path)
         if tag_matters and orientation_of(image) in QUARTER_TURNS:
             height = image.width
             width = image.height
         return Header(height, width, image.mode)
 
 
+def has_metadata(image: Image.Image, path: Path) -> bool:
+    """Whether an opened PNG file may say how it is turned, before its pixels or behind them."""
+    if any(key in image.info for key in METADATA_KEYS):
+        return True
+    with open(path, "rb") as file:
+        file.seek(-min(LATE_METADATA, path.stat().st_size), os.SEEK_END)
+        end = file.read()
+    return b"eXIf" in end or b"XML:com.adobe.xmp" in end
+
+
+def check_mask_format(mask: Image.Image, path: Path) -> None:
+    """DataError where an opened file cannot be trusted to hold the numbers that were put in."""
+    if mask.format in ("JPEG", "MPO"):
+        raise DataError(
+            f"the mask {path} is a JPEG file, whatever its name: its numbers are smeared; export "
+            "the masks anew as PNG"
+        )
+
+
 def read_image(path: Path) -> Image.Image:
-    """An image file of any mode as RGB, upright as its EXIF tag says."""
+    """An image file of any mode of whole numbers as RGB, upright as its EXIF tag says."""
     with open_with_pil("image", path) as image:
+        if image.mode == "F":
+            raise DataError(
+                f"the image {path} holds fractions, of which nobody says what is black and what "
+                "white; save it with 8 or 16 bits"
+            )
         return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An opened image of any mode as RGB, upright as its EXIF tag says."""
+    """An opened image of any mode of whole numbers as RGB, upright as its EXIF tag says."""
     image = upright(image)
     if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
         grey = (np.asarray(image) >> 8).clip(0, 255)
@@ -235,6 +307,9 @@ def read_mask(path: Path, colours: Sequence[tuple] = ()) -> Image.Image:
     colours, and the raw values are their numbers in the list. DataError at any other colour.
     """
     with open_with_pil("mask", path) as mask:
+        check_mask_format(mask, path)
+        if not colours:
+            check_mask_bits(mask, path)
         mask = upright(mask)
         values = np.array(mask)
         mode = mask.mode
@@ -259,15 +334,7 @@ def read_mask(path: Path, colours: Sequence[tuple] = ()) -> Image.Image:
     return Image.fromarray(values.astype(np.uint8))
 
 
-def colours_text(values: np.ndarray) -> str:
-    """How many colours a picture [H, W, 3 or 4] has, and the first ones; empty for any other."""
-    if values.ndim != 3 or values.shape[2] < 3:
-        return ""
-    colours = np.unique(values[..., :3].reshape(-1, 3), axis=0).tolist()
-    texts = [" ".join(str(part) for part in colour) for colour in colours[:4]]
-    if len(colours) > 4:
-        texts.append("...")
-    return f" but {len(colours)} colours ({', '.join(texts)})"
+both
 
 
 def grey_values(values: np.ndarray) -> np.ndarray:
@@ -513,7 +580,7 @@ def find_files(layout: Layout, data: Path, split: str) -> SplitFiles:
         for path in sorted(walk_files(folder)):
             if is_image(path) and matches(path.relative_to(folder), layout.glob):
                 images.append(path)
-            elif not is_image(path) and path.suffix.lower() in ("", *Image.registered_extensions()):
+            elif not is_image(path) and may_be_image(path):
                 left_out.append(path)
 
     aug = "Aug" if split.endswith("aug") else ""
@@ -633,6 +700,12 @@ def describe_missing_folder(folder: Path) -> str:
         folder = folder.parent
     beside = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
     return f"there is no folder {folder}, but {', '.join(beside) or 'no other'} beside it"
+
+
+def may_be_image(path: Path) -> bool:
+    """Whether a file that is not read by its name is perhaps a picture."""
+    known = ("", *UNREAD_SUFFIXES, *Image.registered_extensions())
+    return path.suffix.lower() in known
 
 
 def matches(path: Path, glob: str) -> bool:
@@ -765,6 +838,11 @@ def check_pairs(files: SplitFiles) -> None:
         if not image.is_file():
             raise DataError(f"no image {image} for the mask {mask}; add it or shorten the list")
         if not mask.is_file():
+            if mask.exists():
+                raise DataError(
+                    f"{mask} is no file, but the mask of {image} belongs there; add it or remove "
+                    "the image"
+                )
             if mask.is_symlink():
                 raise DataError(
                     f"the mask {mask} is a link to {os.readlink(mask)}, which is not there; mend it"
@@ -786,7 +864,7 @@ def names_below(folder: Path, files: Sequence[Path]) -> list[str]:
     names = []
     file_of_name = {}
     for path in files:
-        name = "_".join(path.relative_to(folder).with_suffix("").parts)
+        name = file_stem("_".join(path.relative_to(folder).with_suffix("").parts))
         other = file_of_name.setdefault(name, path)
         if other != path:
             raise DataError(
@@ -799,7 +877,7 @@ def names_below(folder: Path, files: Sequence[Path]) -> list[str]:
 def short_names(files: Sequence[Path]) -> list[str]:
     """The stems of the files where all of these differ, else their paths below the folder that they
     share, as `names_below` makes them."""
-    stems = [path.stem for path in files]
+    stems = [file_stem(path.stem) for path in files]
     if len(set(stems)) == len(set(files)):
         return stems
     absolute = [Path(os.path.abspath(path)) for path in files]
@@ -1415,6 +1493,9 @@ def read_classes(path: Path) -> ClassList:
     lines = read_lines(
         path, "the classes, a name a line, or NAME = VALUE, or NAME = R G B for masks in colours"
     )
+    for line in lines:
+        if line.startswith("#"):
+            raise DataError(f"{path} has the line {line!r}; every line is a class: remove it")
     if any("=" in line for line in lines):
         return read_class_values(path, lines)
     check_class_names(path, lines)
@@ -1568,20 +1649,45 @@ def cache_decoded(dataset: SegmentationDataset, folder: Path) -> None:
         sources.append(dataset.class_file)  # whose lines number the colours that are kept
     path = folder / f"{dataset.name}-{fingerprint(sources)}.bin"
     folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
     with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)  # a second process waits here, then finds the file
-        if not path.with_suffix(".npy").exists():
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX)  # a second process waits here, then finds the file
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            # Every process that comes now makes the file for itself, and the last one's stays.
+            partial = path.with_suffix(f".{os.getpid()}.tmp")
+        if not is_complete(path):
             print(f"decoding {len(dataset)} images of {dataset.name} into {path}", flush=True)
-            decode_files(dataset, path)
+            decode_files(dataset, path, partial)
     dataset.decoded = DecodedFiles(path)
 
 
-def decode_files(dataset: SegmentationDataset, path: Path) -> None:
-    """Write what `DecodedFiles` reads: the bytes, and last the index that makes them valid."""
-    index = []
-    partial_index = path.with_suffix(".tmp.npy")
+# What a file system answers that has no locks, as some network disks.
+WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+def is_complete(path: Path) -> bool:
+    """Whether `DecodedFiles` can read `path` and its index to their end: a machine that lost its
+    power may have kept a part of them."""
     try:
-        with open(path, "wb") as file:
+        index = np.load(path.with_suffix(".npy"))
+        height, width, start = index[-1].tolist()
+        return path.stat().st_size == start + 4 * height * width
+    except (OSError, ValueError, EOFError, LookupError):
+        return False
+
+
+def decode_files(dataset: SegmentationDataset, path: Path, partial: Path) -> None:
+    """Write what `DecodedFiles` reads: the bytes, and last the index that makes them valid.
+
+    `partial` is the file of the bytes until they are complete.
+    """
+    index = []
+    partial_index = Path(f"{partial}.npy")
+    try:
+        with open(partial, "wb") as file:
             for number in range(len(dataset)):
                 image, mask = dataset.read(number)
                 index.append((image.height, image.width, file.tell()))
@@ -1590,9 +1696,11 @@ def decode_files(dataset: SegmentationDataset, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         np.save(partial_index, np.array(index))
+        os.replace(partial, path)
         os.replace(partial_index, path.with_suffix(".npy"))
     except BaseException:
-        path.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
+        partial_index.unlink(missing_ok=True)
         raise
 
 
@@ -2195,6 +2303,8 @@ def open_ood(spec: str, dataset: SegmentationDataset) -> OODSet:
             f"or NAME:PATH with NAME one of {', '.join(OOD_LAYOUTS)}"
         )
     folders = [Path(path) for path in paths.split(os.pathsep) if path]
+    if paths and Path(paths).is_dir():  # a folder whose name has a colon
+        folders = [Path(paths)]
     if not folders:
         raise DataError(f"--ood {spec}: no folder was named; use {name}:PATH")
     for folder in folders:
@@ -2328,7 +2438,7 @@ class UnlabelledImages(SegmentationDataset):
             values={VOID: VOID},
             images=images,
             masks=[],
-            names=short_names(images),
+            names=[str(path) for path in images],  # no file is called after these images
             image_size=image_size,
         )
 

@@ -828,7 +828,7 @@ def evaluate_ood(
     else:
         text = f"the OOD set {ood.name} has no anomalous pixel; its figures are undefined"
         text += f" (void: {ood.protocol['void']})"
-        print(f"warning: {text}", file=sys.stderr)
+        print(f"warning: {one_line(text)}", file=sys.stderr)
     further_images = len(next(iter(in_distribution.values()), []))  # the same for every score
     protocol = ood_protocol(ood, tracker, further_images)
     comparison = compare_with_free(tracker.bootstrap, ["auroc"])
@@ -1209,7 +1209,7 @@ def predict_files(
     then the maps lie on the disk, each on a scale of its own, so that memory does not grow with
     the number of images. `finish_maps` brings them to one scale.
     """
-    files, root = files_to_predict(source)
+    files, root = files_to_predict(source, out)
     names = map_names(files)
     ranges = {score: ValueRange() for score in score_names}
     input_sizes = Counter()  # number of images by HxW of the network's input
@@ -1263,11 +1263,11 @@ def prediction_summary(out: Path, input_sizes: Counter, skipped: list[Path]) -> 
     return text
 
 
-def files_to_predict(source: Path) -> tuple[list[Path], Path]:
+def files_to_predict(source: Path, out: Path) -> tuple[list[Path], Path]:
     """The files that --predict names, and the folder that their maps' paths are relative to.
     UsageError for what is not there, is a video or is a camera."""
     if source.is_dir():
-        return sorted(data.walk_files(source)), source
+        return images_below(source, out), source
     is_address = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(source))  # rtsp://camera/1
     is_number = str(source).isdecimal() and not source.exists()  # as OpenCV counts cameras
     if is_address or is_number or source.is_char_device():
@@ -1316,6 +1316,22 @@ def no_image(folder: Path, skipped: list[tuple[Path, Exception]]) -> UsageError:
     return UsageError(f"--predict {folder}: {content}; name an image or a folder of images")
 
 
+def images_below(source: Path, out: Path) -> list[Path]:
+    """The files in a folder in order, but for the maps of an earlier run, in the folder `out`.
+
+    UsageError where both are one folder: the maps would be the next run's images.
+    """
+    source_folder = source.resolve()
+    out_folder = out.resolve()
+    if out_folder == source_folder:
+        raise UsageError(f"--out {out} is the folder of the images; name one for their maps alone")
+    files = sorted(data.walk_files(source))
+    if not out_folder.is_relative_to(source_folder):
+        return files
+    maps = source / out_folder.relative_to(source_folder)
+    return [path for path in files if not path.is_relative_to(maps)]
+
+
 def map_names(files: list[Path]) -> dict[Path, Path]:
     """What the names of each file's maps begin with: the file's name without its suffix; with it
     where two files share the stem, and where it is none of an image, as in cam.1."""
@@ -1326,7 +1342,8 @@ def map_names(files: list[Path]) -> dict[Path, Path]:
     for path in files:
         short = path.with_suffix("")
         has_suffix = path.suffix.lower() in known_suffixes
-        names[path] = short if has_suffix and taken[short] == 1 else path
+        name = short if has_suffix and taken[short] == 1 else path
+        names[path] = name.parent / data.file_stem(name.name)
     return names
 
 
@@ -1665,6 +1682,7 @@ VIRIDIS = np.frombuffer(
     np.uint8,
 )
 OOD_PANELS = 3  # panels of each OOD set, at most
+PANEL_SOFTWARE = "evaluate.py of dudes"
 PANEL_SIDE = 360  # pixels: the longer side of a picture in a panel
 PANEL_MARGIN = 14  # pixels: around it
 PANEL_TITLE = 24  # pixels: from the top of a cell to its picture
@@ -1769,8 +1787,14 @@ def draw_panels(
     best_free: str | None = None,
 ) -> list[tuple[str, Path]]:
     """Draw one PNG panel in `folder` for each (title, index) of `chosen`; returns (title, file) of
+<<<<<<< HEAD
     each. With `anomalies` the data set's labels are the masks of an OOD set, and best_free is the
     "student/<score>" that finds its anomalies best of what is free."""
+=======
+    each. With `anomalies` the data set's labels are the masks of an OOD set."""
+    panel_mark = PngInfo()
+    panel_mark.add_text("Software", PANEL_SOFTWARE)  # by which `remove_old_panels` knows them
+>>>>>>> 1a949ec (Files as people have them, tried anew: system folders, pipes, circles, long names, JPEG masks, cache without locks)
     panels = []
     for title, index in chosen:
         image, labels, _ = dataset[index]
@@ -1789,8 +1813,9 @@ def draw_panels(
         photo = photo_of(image, labels)
         sheet = draw_panel(photo, labels.numpy(), rows, networks, anomalies, free)
         image_name = dataset.names[index]
-        path = folder / f"{title.replace(' ', '_')}_{image_name}.png"
-        sheet.save(path)
+        file_name = data.file_stem(f"{title.replace(' ', '_')}_{image_name}")
+        path = folder / f"{file_name}.png"
+        sheet.save(path, pnginfo=panel_mark)
         panels.append((f"{title}: {image_name}", path))
     return panels
 
@@ -1803,11 +1828,20 @@ def photo_of(image: Tensor, labels: Tensor) -> Image.Image:
 
 
 def remove_old_panels(folder: Path, panels: list[tuple[str, Path]]) -> None:
-    """Remove the PNG files that an earlier run left among the panels of this one."""
+    """Remove the panels that an earlier run left among those of this one, and no other file."""
     written = {path for _, path in panels}
     for path in folder.glob("*.png"):
-        if path not in written and path.is_file():
+        if path not in written and is_panel(path):
             path.unlink()
+
+
+def is_panel(path: Path) -> bool:
+    """Whether a PNG file says that `draw_panels` wrote it."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == PANEL_SOFTWARE
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def draw_panel(
@@ -3407,6 +3441,8 @@ def explain(error: Exception) -> str | None:
         )
     if "shared memory" in text or "</torch_" in text:
         return "the shared memory is full; use fewer --workers, or docker run --shm-size 8g"
+    if "Too many open files" in text:
+        return f"too many files are open; {REMEDIES[errno.EMFILE]}"
     if "can't start new thread" in text:
         return "the limit of threads is reached; use fewer --workers, or raise ulimit -u"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -3449,9 +3485,10 @@ def message_of(error: Exception) -> str:
 
 
 def one_line(text: str) -> str:
-    """All lines of a text joined into one."""
+    """All lines of a text joined into one, in which no name of a file can move the cursor."""
     lines = [line.strip() for line in text.splitlines()]
-    return " ".join(line for line in lines if line)
+    joined = " ".join(line for line in lines if line)
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: ascii(control[0])[1:-1], joined)
 
 
 class LiveLine:
@@ -3916,7 +3953,7 @@ def main(args: argparse.Namespace) -> None:
             "evaluate on the data set they were trained on"
         )
     for warning in data.split_warnings(dataset, settings.split, training=False):
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {one_line(warning)}", file=sys.stderr)
     ood_sets = open_ood_sets(settings.ood, dataset)
     if args.save_scores is not None and settings.split in [ood.name for ood in ood_sets]:
         raise UsageError(

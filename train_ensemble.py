@@ -63,6 +63,7 @@ from evaluate import (
     finite_number,
     learning_charts,
     non_negative,
+    one_line,
     positive,
     print_settings,
     run_main,
@@ -1117,7 +1118,7 @@ def open_splits(flags: TrainingFlags) -> tuple[data.SegmentationDataset, data.Se
     warnings += data.split_warnings(val_set, "val", training=False)
     if os.environ.get("RANK", "0") == "0":  # one process of torchrun's speaks for all
         for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+            print(f"warning: {one_line(warning)}", file=sys.stderr)
     if flags.cache:
         data.cache_decoded(train_set, flags.cache)
         data.cache_decoded(val_set, flags.cache)

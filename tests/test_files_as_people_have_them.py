@@ -1,5 +1,7 @@
 """Files as they lie on people's disks. The first line of each test is what a user saw."""
 
+import errno
+import fcntl
 import json
 import os
 import struct
@@ -12,6 +14,7 @@ from conftest import scene, small, write_folder
 from PIL import Image
 
 import data
+import evaluate
 from data import VOID, DataError, open_dataset
 
 # ------------------------------------------------------------------------------ files
@@ -642,3 +645,238 @@ def test_the_report_of_metrics_still_has_every_image(tmp_path, trained, command)
     assert maps == {"0", "cam.1", "cam.2", "a_cam", "b_cam 1"}
     assert len(list((tmp_path / "out/panels").glob("*.png"))) == 5
     assert json.loads((tmp_path / "out/metrics.json").read_text())["protocol"]["images"] == 5
+
+
+# ------------------------------------------------------------------------------ further files
+
+
+def test_folders_of_network_disks_and_recycle_bins_hold_no_images(tmp_path, trained, command):
+    """Synology's thumbnails and deleted pictures were predicted, or were images without a mask."""
+    root = write_folder(tmp_path / "data", train=2)
+    image, _ = scene(np.random.default_rng(0))
+    folder = root / "images/train"
+    for below in ("@eaDir/0.png/SYNOPHOTO_THUMB_M.png", "#recycle/a.png", "__MACOSX/0.png"):
+        save(folder / below, image)
+    save(folder / "$RECYCLE.BIN/S-1-5/$R1.png", image)
+    assert open_dataset("folder", root, "train").names == ["0", "1"]
+    assert len(data.open_images("--extra", folder, None)) == 2
+    flags = ("--predict", folder, "--out", tmp_path / "out")
+    code, out, err = command("evaluate", "--student", trained[1] / "student.pt", *flags)
+    assert code == 0 and out.startswith("2 images"), err
+    # Who names such a folder means it.
+    assert len(data.open_images("--extra", folder / "#recycle", None)) == 1
+
+
+def test_a_link_to_a_folder_above_all_others_ends(tmp_path):
+    """images/train/up led to the data folder itself: masks were trained on as images."""
+    root = write_folder(tmp_path / "data", train=2)
+    for kind in ("images", "labels"):
+        (root / kind / "train/up").symlink_to(root)
+    assert open_dataset("folder", root, "train").names == ["0", "1"]
+
+
+def test_a_pipe_called_like_an_image_is_refused(tmp_path):
+    """A link x.png to /dev/null, or a pipe: one image less, without a word."""
+    root = write_folder(tmp_path, train=2)
+    image = root / "images/train/1.png"
+    image.unlink()
+    os.mkfifo(image)
+    refused(lambda: open_dataset("folder", root, "train"), image, "no image", "remove it")
+    image.unlink()
+    image.symlink_to("/dev/null")
+    refused(lambda: open_dataset("folder", root, "train"), image, "no image", "remove it")
+    image.unlink()
+    mask = root / "labels/train/0.png"
+    mask.unlink()
+    mask.mkdir()
+    refused(lambda: open_dataset("folder", root, "train"), mask, "is no file")
+
+
+def test_names_of_the_longest_length(tmp_path, trained, command):
+    """A name of 255 bytes: the maps and panels of it and of all later images were not written."""
+    root = write_folder(tmp_path / "data", val=1)
+    image, labels = scene(np.random.default_rng(1))
+    for name in ("x" * 251, "é" * 125 + "1", "é" * 125 + "2", "/".join(3 * ["town" * 20])):
+        save(root / f"images/val/{name}.png", image)
+        save(root / f"labels/val/{name}.png", labels)
+    student = ("--student", trained[1] / "student.pt")
+    flags = ("--data", root, "--save-scores", tmp_path / "scores", "--out", tmp_path / "out")
+    code, _, err = command("evaluate", *student, *flags)
+    assert code == 0, err
+    assert len(list((tmp_path / "scores/val/student-dudes").iterdir())) == 5
+    assert len(list((tmp_path / "out/panels").iterdir())) == 5
+    flags = ("--predict", root / "images/val", "--out", tmp_path / "maps")
+    code, _, err = command("evaluate", *student, *flags)
+    assert code == 0, err
+    assert len(list((tmp_path / "maps").rglob("*_classes.png"))) == 5
+
+
+def test_maps_are_not_the_next_runs_images(tmp_path, trained, command):
+    """--predict photos --out photos/maps, twice: the second run made maps of the maps."""
+    image, _ = scene(np.random.default_rng(0))
+    photos = tmp_path / "photos"
+    save(photos / "1.png", image)
+    student = ("--student", trained[1] / "student.pt", "--predict", photos)
+    for _ in range(2):
+        code, out, err = command("evaluate", *student, "--out", photos / "maps")
+        assert code == 0 and out.startswith("1 images"), err
+    code, _, err = command("evaluate", *student, "--out", photos)
+    assert code == 2 and f"--out {photos} is the folder of the images" in err
+
+
+def test_a_picture_of_the_user_stays_among_the_panels(tmp_path, trained, command):
+    """Every PNG file in OUT/panels was taken for an old panel, and removed."""
+    image, _ = scene(np.random.default_rng(0))
+    mine = save(tmp_path / "panels/best_of_my_holiday.png", image)
+    flags = ("--student", trained[1] / "student.pt", "--out", tmp_path)
+    for count in (2, 1):
+        assert command("evaluate", *flags, "--panels", count)[0] == 0
+        assert mine.exists() and len(list((tmp_path / "panels").iterdir())) == count + 1
+
+
+def test_a_colon_in_the_path_of_an_ood_set(tmp_path, trained):
+    """--ood of a folder called 12:30 was "no folder 12"."""
+    dataset = open_dataset("folder", trained[0], "val")
+    image, labels = scene(np.random.default_rng(0), classes=2)
+    save(tmp_path / "12:30/images/0.png", image)
+    save(tmp_path / "12:30/labels/0.png", labels)
+    assert len(data.open_ood(str(tmp_path / "12:30"), dataset).dataset) == 1
+
+
+def test_images_that_nothing_is_called_after_may_share_names(tmp_path):
+    """--extra refused a.jpg beside a.png, though no file is called after them."""
+    image, _ = scene(np.random.default_rng(0))
+    for name in ("a.jpg", "a.png", "b/c.png", "b_c.png"):
+        save(tmp_path / name, image)
+    assert len(data.open_images("--extra", tmp_path, None)) == 4
+
+
+def test_a_comment_in_classes_txt_is_no_class(tmp_path):
+    """A line "# my classes" became class 0, and every other class the next one's name."""
+    root = write_folder(tmp_path)
+    (root / "classes.txt").write_text("# my classes\na\nb\nc\nd\n")
+    refused(lambda: open_dataset("folder", root, "train"), "'# my classes'", "remove it")
+
+
+def test_photos_of_phones_that_are_not_read_are_counted(tmp_path):
+    """images/train with .HEIC photos beside .jpg ones: the former were left out silently."""
+    root = write_folder(tmp_path, train=2)
+    (root / "images/train/IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    dataset = open_dataset("folder", root, "train")
+    (warning,) = data.split_warnings(dataset, "train", True)
+    assert "IMG_1.HEIC" in warning and "1 files" in warning
+
+
+def test_a_jpeg_is_no_mask(tmp_path):
+    """JPEG masks renamed to .png: a tenth of the labels were others, without a word."""
+    root = write_folder(tmp_path, train=1)
+    mask = root / "labels/train/0.png"
+    with Image.open(mask) as opened:
+        opened.convert("L").save(mask, format="JPEG")
+    refused(lambda: open_dataset("folder", root, "train"), mask, "JPEG", "export")
+    refused(lambda: data.read_mask(mask), mask, "JPEG", "export")
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_masks_of_two_or_four_bits_a_pixel(tmp_path, bits):
+    """Of 4 bits, PIL makes 17 of a 1, which is another class where there are more than 17."""
+    path = tmp_path / "0.png"
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0))
+    pixels = png_chunk(b"IDAT", zlib.compress(b"\0\x01\x01"))
+    path.write_bytes(data.PNG_SIGNATURE + header + pixels + png_chunk(b"IEND", b""))
+    refused(lambda: data.read_mask(path), path, f"{bits} bits", "8 bits")
+    assert data.read_mask(path, [(0, 0, 0), (17, 17, 17), (85, 85, 85)]).size == (4, 1)
+
+
+def test_an_image_of_fractions_is_not_black(tmp_path):
+    """A float TIFF with values from 0 to 1 was trained on as a black image."""
+    path = save(tmp_path / "0.tif", np.full((4, 4), 0.5, np.float32))
+    refused(lambda: data.read_image(path), path, "fractions", "8 or 16 bits")
+
+
+def test_what_turns_a_png_may_lie_in_xmp_or_behind_the_pixels(tmp_path):
+    """The header said 56x40, the pixels 40x56: found in the middle of the training."""
+    image, _ = scene(np.random.default_rng(0))
+    tags = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
+    for number, before in enumerate((b"IDAT", b"IEND")):
+        path = save(tmp_path / f"xmp{number}.png", image)
+        insert_chunk(path, png_chunk(b"iTXt", tags), before)
+    path = save(tmp_path / "exif.png", image)
+    insert_chunk(
+        path, png_chunk(b"eXIf", orientation(6).tobytes().removeprefix(b"Exif\0\0")), b"IEND"
+    )
+    for path in tmp_path.iterdir():
+        header = data.read_header("image", path)
+        upright = data.read_image(path)
+        assert (header.height, header.width) == (upright.height, upright.width) == (56, 40), path
+
+
+def resized(path, width, height):
+    """Let a PNG file say another size of itself; returns its path."""
+    before, _, after = path.read_bytes().partition(b"IHDR")
+    header = png_chunk(b"IHDR", struct.pack(">II", width, height) + after[8:13])
+    path.write_bytes(before[:-4] + header + after[17:])
+    return path
+
+
+def test_a_map_of_too_many_pixels_says_so(tmp_path):
+    """A drone's map: "could be decompression bomb DOS attack; restore or remove the file"."""
+    path = save(tmp_path / "0.png", np.zeros((4, 4), bool))
+    resized(path, 20000, 10000)
+    refused(lambda: data.read_header("image", path), path, "178,956,970 pixels", "cut it")
+
+
+def test_words_of_pil_are_not_the_users(tmp_path, recwarn):
+    """Two lines about a "decompression bomb DOS attack" for an image that is read well."""
+    path = save(tmp_path / "0.png", np.zeros((4, 4), bool))
+    assert data.read_header("image", resized(path, 10000, 10000)).height == 10000
+    data.read_image(save(tmp_path / "1.jpg", np.zeros((4, 4), np.uint8), exif=b"Exif\0\0II*\0\x08"))
+    assert not recwarn.list
+
+
+def test_a_large_file_that_is_no_image_is_refused_at_once(tmp_path, monkeypatch):
+    """A gigabyte of zeros called x.png was read as a whole to say that it is no image."""
+    path = tmp_path / "x.png"
+    with open(path, "wb") as file:
+        file.truncate(2**30)
+    monkeypatch.setattr(data.Path, "read_bytes", None)
+    refused(lambda: data.read_header("image", path), path, "cannot identify")
+
+
+def test_a_cache_on_a_disk_without_locks(tmp_path, monkeypatch):
+    """--cache on a network disk: "No locks available"."""
+    root = write_folder(tmp_path / "data")
+
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    plain = open_dataset("folder", root, "train")
+    for _ in range(2):
+        cached = open_dataset("folder", root, "train")
+        data.cache_decoded(cached, tmp_path / "cache")
+        assert (plain[4].image == cached[4].image).all()
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".bin", ".npy", ".lock"}
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".npy"])
+def test_half_a_cache_is_made_anew(tmp_path, suffix):
+    """After a loss of power: "EOF: reading array header", or a memory map that is too short."""
+    root = write_folder(tmp_path / "data")
+    plain = open_dataset("folder", root, "train")
+    for _ in range(2):
+        cached = open_dataset("folder", root, "train")
+        data.cache_decoded(cached, tmp_path / "cache")
+        assert (plain[4].image == cached[4].image).all()
+        (kept,) = (tmp_path / "cache").glob(f"*{suffix}")
+        os.truncate(kept, kept.stat().st_size // 2)
+
+
+def test_names_cannot_break_a_line(tmp_path, capsys):
+    """A name of a file with a line break or an escape code, in an error or a warning."""
+
+    def refuse():
+        raise DataError("no mask a\nb\x1b[2J\tc.png; add it")
+
+    assert evaluate.exit_code_of(refuse) == 2
+    assert capsys.readouterr().err == "error: no mask a b\\x1b[2J\\tc.png; add it\n"

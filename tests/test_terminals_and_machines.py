@@ -348,6 +348,7 @@ def test_every_refusal_of_a_system_has_its_remedy(capsys, name):
         "unable to write to file </torch_1_2_3>: No space left on device (28)",
         "unable to open shared memory object </torch_1_2_3> in read-write mode",
         "can't start new thread",
+        "Too many open files. Communication with the workers is no longer possible.",
     ],
 )
 def test_limits_that_arrive_as_runtime_errors_have_a_remedy(capsys, text):
