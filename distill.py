@@ -871,7 +871,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     }
     parser = Parser(
         prog="distill.py",
-        description=__doc__.splitlines()[0],
+        description=(__doc__ or "").partition("\n")[0],
         epilog=f"recipes, the defaults of each --dataset:\n{recipe_table(student_defaults)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,  # leaves the epilog's rows alone
     )

@@ -1787,14 +1787,10 @@ def draw_panels(
     best_free: str | None = None,
 ) -> list[tuple[str, Path]]:
     """Draw one PNG panel in `folder` for each (title, index) of `chosen`; returns (title, file) of
-<<<<<<< HEAD
     each. With `anomalies` the data set's labels are the masks of an OOD set, and best_free is the
     "student/<score>" that finds its anomalies best of what is free."""
-=======
-    each. With `anomalies` the data set's labels are the masks of an OOD set."""
     panel_mark = PngInfo()
     panel_mark.add_text("Software", PANEL_SOFTWARE)  # by which `remove_old_panels` knows them
->>>>>>> 1a949ec (Files as people have them, tried anew: system folders, pipes, circles, long names, JPEG masks, cache without locks)
     panels = []
     for title, index in chosen:
         image, labels, _ = dataset[index]
@@ -3173,7 +3169,8 @@ def report(results: dict, pictures: Pictures) -> str:
 
 # --------------------------------------------------------------- what the three command lines share
 
-# A traceback (code 1) is a fault of the program; training leaves with 143 after SIGTERM.
+# A traceback (code 1) is a fault of the program; training leaves with 143 after SIGTERM and 129
+# after SIGHUP.
 EXIT_DONE = 0
 EXIT_REFUSED = 2  # with one line for what a user, a disk or a machine can cause
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
@@ -4070,7 +4067,7 @@ def main(args: argparse.Namespace) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line; None is filled in by `resolve`."""
-    parser = Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="evaluate.py", description=(__doc__ or "").partition("\n")[0])
 
     group = parser.add_argument_group("networks")
     group.add_argument(

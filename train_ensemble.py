@@ -448,7 +448,7 @@ class Run:
     scaler: torch.amp.GradScaler
     state: RunState
     image_names: list[str]  # for messages
-    signals: list[int]  # SIGINT, SIGTERM that arrived
+    signals: list[int]  # SIGINT, SIGTERM, SIGHUP that arrived
 
 
 def fit(
@@ -468,7 +468,7 @@ def fit(
     one JSON line per epoch.
 
     Raises UsageError where the loss is not finite or the state belongs to another command;
-    SystemExit 130 or 143, after saving, where a signal asks for it.
+    SystemExit 129, 130 or 143, after saving, where a signal asks for it.
     """
     scaler = torch.amp.GradScaler(flags.device.type, enabled=flags.amp == "fp16")
     state = load_state(path.with_suffix(".state"), model, optimizer, scaler, flags)
@@ -932,16 +932,17 @@ def sum_over_processes(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM go to a list, for the loop to look at when its state is whole.
+    """SIGINT, SIGTERM and SIGHUP go to a list, for the loop to look at when its state is whole.
 
-    A second one ends at once.
+    A second one ends at once; but a terminal that is closed may send several SIGHUP.
     """
     caught = []
 
     def note(number: int, frame) -> None:
-        if caught:
+        if not caught:
+            caught.append(number)
+        elif number != signal.SIGHUP:
             raise KeyboardInterrupt
-        caught.append(number)
 
     with signals_to(note):
         yield caught
@@ -949,14 +950,17 @@ def noted_signals() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def signals_to(handler: Callable) -> Iterator[None]:
-    """SIGINT and SIGTERM call `handler(number, frame)` for the time being."""
-    old_interrupt = signal.signal(signal.SIGINT, handler)
-    old_terminate = signal.signal(signal.SIGTERM, handler)
+    """SIGINT, SIGTERM and SIGHUP call `handler(number, frame)` for the time being. A SIGHUP that is
+    ignored, as under nohup, stays so."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    old_handlers = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, old_interrupt)
-        signal.signal(signal.SIGTERM, old_terminate)
+        for number, old_handler in old_handlers.items():
+            signal.signal(number, old_handler)
 
 
 # ----------------------------------------------------------------------------------------- progress
@@ -1771,7 +1775,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line: what is trained, then what members and student share."""
     parser = Parser(
         prog="train_ensemble.py",
-        description=__doc__.splitlines()[0],
+        description=(__doc__ or "").partition("\n")[0],
         epilog=recipe_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,  # leaves the epilog's rows alone
     )

@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -26,8 +27,10 @@ import torchvision
 from conftest import small, weights
 from processes import ROOT, Forked, run_command, run_ranks, run_with_forks, torchrun
 
+import distill
 import evaluate
 import model
+import train_ensemble
 from model import DeepLabV3, ModelError, load_weights
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -550,6 +553,28 @@ def test_the_live_line_counts_columns_not_characters(pseudo_terminal):
     shown = pseudo_terminal.show("学生" * 100, 80)
     assert shown.isascii() and len(shown.strip("\r")) <= 79
     pseudo_terminal.show("clear", 80)
+
+
+def test_a_closed_terminal_is_a_reason_to_save():
+    """A terminal was closed, or ssh broke: up to five minutes of a training were lost."""
+    with train_ensemble.noted_signals() as caught:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)  # of the kernel and of the shell
+        assert caught == [signal.SIGHUP]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    old_handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with train_ensemble.noted_signals() as caught:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert caught == []
+    assert signal.signal(signal.SIGHUP, old_handler) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("module", [train_ensemble, distill, evaluate])
+def test_help_without_docstrings(module, monkeypatch):
+    """python -OO, or PYTHONOPTIMIZE=2 in a container: a traceback at the start."""
+    monkeypatch.setattr(module, "__doc__", None)
+    assert module.get_args_parser().format_help().startswith("usage: ")
 
 
 # ------------------------------------------------------------------ torchrun
