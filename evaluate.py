@@ -3234,7 +3234,16 @@ REMEDIES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one line in place of a usage text and an error."""
+    """argparse with one line in place of a usage text and an error, which refuses empty words."""
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """As argparse, but --out "$NOWHERE" of a shell is not the folder in which it runs."""
+        words = sys.argv[1:] if args is None else args
+        for before, word in itertools.pairwise([self.prog, *words]):
+            if word == "" or re.fullmatch(r"--[\w-]+=", word):
+                place = word.removesuffix("=") or before
+                self.error(f"an empty word after {place}; is a variable of the shell unset?")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str):
         """Print the line, under torchrun once, and leave with code 2."""

@@ -471,14 +471,15 @@ def fit(
     SystemExit 129, 130 or 143, after saving, where a signal asks for it.
     """
     scaler = torch.amp.GradScaler(flags.device.type, enabled=flags.amp == "fp16")
-    state = load_state(path.with_suffix(".state"), model, optimizer, scaler, flags)
+    image_names = train_loader.dataset.dataset.names  # of the data set behind the views
+    state_path = path.with_suffix(".state")
+    state = load_state(state_path, model, optimizer, scaler, flags, len(image_names))
     wrapped_model = wrap_for_group(model, flags.device)
     validated_model = model  # validation needs no gradients, so nothing that a group wraps around
     if flags.compile:
         wrapped_model = torch.compile(wrapped_model, dynamic=False)
         # Another graph than that of the training. Both are kept, whichever mode comes next.
         validated_model = torch.compile(model, dynamic=False)
-    image_names = train_loader.dataset.dataset.names  # of the data set behind the views
 
     with noted_signals() as signals:
         run = Run(path, model, wrapped_model, optimizer, scaler, state, image_names, signals)
@@ -694,6 +695,7 @@ def save_state(run: Run, flags: TrainingFlags) -> None:
         "scaler": run.scaler.state_dict(),
         "rng": random_states(flags.device),
         "args": flags.recorded,
+        "training_images": len(run.image_names),
     }
     write_by_first_process(run.path.with_suffix(".state"), content)
 
@@ -720,16 +722,24 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     flags: TrainingFlags,
+    training_images: int,
 ) -> RunState:
     """Where the training stands: from `path` if a run was interrupted, else its beginning.
 
     Sets the model, the optimiser, the scaler and the random generators as they were. Raises
-    UsageError where the state is of another command or of another number of processes.
+    UsageError where the state is of another command, of another number of processes or of a split
+    that had not `training_images` images.
     """
     if not path.exists():
         return RunState()
     saved = read_tensors(path)
     check_same(saved["args"], flags.recorded, path)
+    images_before = saved.get("training_images", training_images)
+    if images_before != training_images:
+        raise UsageError(
+            f"{path} was begun with {images_before} training images, now there are "
+            f"{training_images}; restore them, or use --overwrite to start anew"
+        )
     if "best_weights" not in saved:
         raise UsageError(
             f"{path} was written by another version of this program; finish it with that one, or "

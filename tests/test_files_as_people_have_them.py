@@ -10,11 +10,13 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import scene, small, write_folder
+from conftest import flags_of, scene, small, write_folder
 from PIL import Image
 
 import data
 import evaluate
+import model
+import train_ensemble
 from data import VOID, DataError, open_dataset
 
 # ------------------------------------------------------------------------------ files
@@ -216,13 +218,13 @@ def test_a_linked_folder_is_predicted(tmp_path, trained, command):
 
 
 def test_links_in_a_circle_end(tmp_path):
-    """A link to the folder above it gave "Too many levels of symbolic links" or files twice."""
+    """A link to the folder above it gave "Too many levels of symbolic links", files twice or, in
+    the training, the validation images."""
     root = linked_folder(tmp_path)
     for kind in ("images", "labels"):
         (root / kind / "train/loop").symlink_to("..")
         (root / kind / "train/self").symlink_to(root / kind / "train")
-    assert open_dataset("folder", root, "train").names == ["0", "loop_val_0", "loop_val_1",
-            "loop_val_2", "town_far"]  # fmt: skip
+    assert open_dataset("folder", root, "train").names == ["0", "town_far"]
     image, labels = scene(np.random.default_rng(0), classes=2)
     save(tmp_path / "ood/images/1.png", image)
     save(tmp_path / "ood/labels/1.png", labels)
@@ -880,3 +882,12 @@ def test_names_cannot_break_a_line(tmp_path, capsys):
 
     assert evaluate.exit_code_of(refuse) == 2
     assert capsys.readouterr().err == "error: no mask a b\\x1b[2J\\tc.png; add it\n"
+
+
+def test_a_training_does_not_go_on_with_other_images(tmp_path):
+    """Images were removed while a training was interrupted: it continued on what was left."""
+    flags = flags_of()
+    path = tmp_path / "member_00.state"
+    model.save_atomically(path, {"args": flags.recorded, "training_images": 6})
+    with pytest.raises(model.UsageError, match="begun with 6 training images, now there are 4"):
+        train_ensemble.load_state(path, None, None, None, flags, 4)

@@ -570,6 +570,13 @@ def test_a_closed_terminal_is_a_reason_to_save():
     assert signal.signal(signal.SIGHUP, old_handler) == signal.SIG_IGN
 
 
+@pytest.mark.parametrize("words", [("--out", ""), ("--out=",), ("",)])
+def test_an_empty_word_is_no_folder(command, words):
+    """--out "$RESULTS" with RESULTS unset wrote into the folder where the shell stood."""
+    code, _, err = command("train", *words)
+    assert code == 2 and err.startswith("error: an empty word after") and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("module", [train_ensemble, distill, evaluate])
 def test_help_without_docstrings(module, monkeypatch):
     """python -OO, or PYTHONOPTIMIZE=2 in a container: a traceback at the start."""
