@@ -840,8 +840,8 @@ def check_pairs(files: SplitFiles) -> None:
         if not mask.is_file():
             if mask.exists():
                 raise DataError(
-                    f"{mask} is no file, but the mask of {image} belongs there; add it or remove "
-                    "the image"
+                    f"no mask {mask} for the image {image}: what is there is no file; put the mask "
+                    "there or remove the image"
                 )
             if mask.is_symlink():
                 raise DataError(

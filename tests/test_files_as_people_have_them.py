@@ -691,7 +691,7 @@ def test_a_pipe_called_like_an_image_is_refused(tmp_path):
     mask = root / "labels/train/0.png"
     mask.unlink()
     mask.mkdir()
-    refused(lambda: open_dataset("folder", root, "train"), mask, "is no file")
+    refused(lambda: open_dataset("folder", root, "train"), mask, "what is there is no file")
 
 
 def test_names_of_the_longest_length(tmp_path, trained, command):
