@@ -334,7 +334,25 @@ def read_mask(path: Path, colours: Sequence[tuple] = ()) -> Image.Image:
     return Image.fromarray(values.astype(np.uint8))
 
 
-both
+def colours_text(values: np.ndarray) -> str:
+    """How many colours a picture [H, W, 3 or 4] has, and the first ones; empty for any other."""
+    if values.ndim != 3 or values.shape[2] < 3:
+        return ""
+    colours = np.unique(values[..., :3].reshape(-1, 3), axis=0).tolist()
+    texts = [" ".join(str(part) for part in colour) for colour in colours[:4]]
+    if len(colours) > 4:
+        texts.append("...")
+    return f" but {len(colours)} colours ({', '.join(texts)})"
+
+
+def check_mask_bits(mask: Image.Image, path: Path) -> None:
+    """DataError at an opened grey PNG file of 2 or 4 bits a pixel: PIL makes 85 or 17 of a 1."""
+    for tile in mask.tile:
+        if tile[3] in ("L;2", "L;4"):
+            raise DataError(
+                f"the mask {path} has {tile[3][-1]} bits a pixel, which are read as shades of grey "
+                "and not as numbers; save it with 8 bits"
+            )
 
 
 def grey_values(values: np.ndarray) -> np.ndarray:

@@ -790,9 +790,12 @@ def trained_size(checkpoint: dict) -> Size | None:
 
     That is what its configuration says under `image_size`: --image-size or, for a network that
     was trained at its images' own sizes, the median of these. Older checkpoints leave the latter
-    open: theirs is the crop of the training. None where even that is missing.
+    open: of drawn scenes it is the crop, which is the whole scene, and of others None.
     """
-    size = checkpoint["config"].get("image_size") or checkpoint["args"].get("crop_size")
+    config = checkpoint["config"]
+    size = config.get("image_size")
+    if not size and config.get("dataset") == "synthetic":
+        size = checkpoint["args"].get("crop_size")
     if not size:
         return None
     height, width = size
