@@ -52,7 +52,8 @@ class SpawnProcess(multiprocessing.context.ForkProcess):
 
 def run_with_forks(name, *flags):
     """A command of the project whose own processes are forks of its process."""
-    context = SimpleNamespace(Process=SpawnProcess)
+    shared = multiprocessing.RawArray
+    context = SimpleNamespace(Process=SpawnProcess, RawArray=shared)
     torch.multiprocessing.get_context = lambda method: context
     return run_command(name, *flags)
 
