@@ -1,12 +1,13 @@
 """Data sets, training views, loaders and out-of-distribution sets; street scenes drawn on the spot.
 
-A training batch is uint8: images [B, 3, H, W] and labels [B, H, W]. A label is a class 0..C-1,
-`VOID` (255) where nobody labelled, or `IGNORED` (254) where no class of the network applies: in the
-padding of a view and on held-out classes. `IGNORED` pixels enter no loss and no metric; `VOID`
-pixels carry an uncertainty target, but no class.
+A training batch is uint8: images [B, 3, H, W] and labels [B, H, W]. A label is a class
+0..C-1, `VOID` (255) where nobody labelled, or `IGNORED` (254) where no class of the
+network applies: in the padding of a view and on held-out classes. `IGNORED` pixels
+enter no loss and no metric; `VOID` pixels carry an uncertainty target, but no class.
 
-Every random choice is a function of (stream, epoch, index), where a stream is a list of integers
-made of the seed. So neither the number of workers nor a restart changes a batch.
+Every random choice is a function of (stream, epoch, index), where a stream is a list of
+integers made of the seed. So neither the number of workers nor a restart changes a
+batch.
 
 Outline, in this order:
 
@@ -114,10 +115,11 @@ def without_suffix(name: str) -> str:
 def walk_files(folder: Path, above: tuple[str, ...] = ()) -> list[Path]:
     """Every file in a folder and its subfolders, in no order. Links are followed.
 
-    What begins with a dot is left out: the system and editors put it there, as ._x.png and
-    .ipynb_checkpoints; `SYSTEM_FOLDERS` are, too. `above` are the folders that the walk came
-    through: a link to one of them, or to a folder that holds it, is not followed. DataError at a
-    link that leads nowhere, and at a device or a pipe with the name of an image.
+    What begins with a dot is left out: the system and editors put it there, as ._x.png
+    and .ipynb_checkpoints; `SYSTEM_FOLDERS` are, too. `above` are the folders that the
+    walk came through: a link to one of them, or to a folder that holds it, is not
+    followed. DataError at a link that leads nowhere, and at a device or a pipe with the
+    name of an image.
     """
     real_folder = os.path.realpath(folder)
     if any(Path(passed).is_relative_to(real_folder) for passed in above):
@@ -238,8 +240,8 @@ def read_header(kind: str, path: Path) -> Header:
             check_mask_format(image, path)
         height = image.height
         width = image.width
-        # The size of a TIFF file is that of the upright image. And to look for EXIF data behind the
-        # pixels of a PNG file, PIL would read all of it.
+        # The size of a TIFF file is that of the upright image. And to look for EXIF
+        # data behind the pixels of a PNG file, PIL would read all of it.
         tag_matters = image.format != "TIFF"
         if image.format == "PNG":
             tag_matters = has_metadata(image, path)
@@ -303,8 +305,9 @@ def from_array(pixels: np.ndarray) -> Image.Image:
 def read_mask(path: Path, colours: Sequence[tuple] = ()) -> Image.Image:
     """A label file as raw values, one byte per pixel, upright as its EXIF tag says.
 
-    Of a palette image these are the indices. With `colours`, RGB, the mask is a picture in these
-    colours, and the raw values are their numbers in the list. DataError at any other colour.
+    Of a palette image these are the indices. With `colours`, RGB, the mask is a picture
+    in these colours, and the raw values are their numbers in the list. DataError at any
+    other colour.
     """
     with open_with_pil("mask", path) as mask:
         check_mask_format(mask, path)
@@ -433,8 +436,9 @@ def to_input(image: Image.Image, image_size: Size | None) -> Tensor:
 def proportional_size(image, image_size: Size | None) -> Size:
     """(H, W) at which an image of any shape enters a network that is used to `image_size`.
 
-    It gets the height of `image_size` and keeps its proportions, but becomes no more than four
-    times as wide as `image_size`. None: the image's own size. `image` has a height and a width.
+    It gets the height of `image_size` and keeps its proportions, but becomes no more
+    than four times as wide as `image_size`. None: the image's own size. `image` has a
+    height and a width.
     """
     if image_size is None:
         return image.height, image.width
@@ -450,26 +454,28 @@ def proportional_size(image, image_size: Size | None) -> Size:
 class Layout(NamedTuple):
     """Where the files of a data set lie below --data, and what its masks hold.
 
-    In the paths, {split} is --split, {stem} the name of an image without `image_suffix`, {folder}
-    what lies between `images` and the image, and {aug} is "Aug" for a split whose name ends with
-    "aug". Upper and lower case are the same in the suffixes of all files.
+    In the paths, {split} is --split, {stem} the name of an image without
+    `image_suffix`, {folder} what lies between `images` and the image, and {aug} is
+    "Aug" for a split whose name ends with "aug". Upper and lower case are the same in
+    the suffixes of all files.
     """
 
     images: str  # the folder of the images
     glob: str  # the images in it
     masks: str  # the mask of an image
     classes: dict[str, tuple] | None = None  # name: RGB; None: named in classes.txt
-    # Every raw value that a mask may hold, with its label: 0..C-1, or 255 where void. None: a mask
-    # holds the labels themselves.
+    # Every raw value that a mask may hold, with its label: 0..C-1, or 255 where void.
+    # None: a mask holds the labels themselves.
     values: dict[int, int] | None = None
     image_suffix: str = ""  # what follows the stem in the name of an image; empty: .png, .jpg, ...
-    # A text file with the stems of the split's images, one per line; the images are then
-    # <images>/<stem>.jpg, or of another suffix where there is no such file, and `glob` only
-    # describes them. Empty: all images that `glob` matches.
+    # A text file with the stems of the split's images, one per line; the images are
+    # then <images>/<stem>.jpg, or of another suffix where there is no such file, and
+    # `glob` only describes them. Empty: all images that `glob` matches.
     listing: str = ""
     roots: tuple[str, ...] = ("",)  # folders below --data that all of this may lie in
     # Whether the user names files and folders: the masks may then end otherwise, see
-    # `find_mask_ending`, and there may be no folder for each split, see `divide_images`.
+    # `find_mask_ending`, and there may be no folder for each split, see
+    # `divide_images`.
     is_users: bool = False
 
     def describe(self) -> str:
@@ -629,9 +635,10 @@ def without_image_ending(stem: str) -> str:
 def find_mask_ending(files: SplitFiles) -> SplitFiles:
     """The files with masks called <stem>_mask.png, <stem>.jpg.png or the like, not <stem>.png.
 
-    Every ending will do that begins with neither a letter nor a digit and that all masks share.
-    Where none is, the files come back as they were, but for `missing_masks`. DataError where two
-    endings fit all images, or where the masks are of a kind that changes their values.
+    Every ending will do that begins with neither a letter nor a digit and that all
+    masks share. Where none is, the files come back as they were, but for
+    `missing_masks`. DataError where two endings fit all images, or where the masks are
+    of a kind that changes their values.
     """
     names_in: dict[Path, list[tuple[str, str]]] = {}
     masks_of_ending: dict[str, dict[Path, Path]] = {}  # the mask of each image that has one
@@ -757,8 +764,9 @@ def read_listing(listing: Path, folder: Path, listings: Listings) -> list[Path]:
 def find_listed(line: str, folder: Path, listings: Listings) -> Path:
     """The image in `folder` that a line names; `folder`/<stem>.jpg where it is not there.
 
-    A line may also have the paths of image and mask, as SBD's lists do: that is so where nothing
-    has the whole line as its name, and a gap in it stands between two files.
+    A line may also have the paths of image and mask, as SBD's lists do: that is so
+    where nothing has the whole line as its name, and a gap in it stands between two
+    files.
     """
     name = line.replace("\\", "/")
     image = find_image(name, folder, listings)
@@ -810,8 +818,9 @@ def stem_of(path: str) -> str:
 
 
 def spelling(name: str) -> str:
-    """What is equal for two names that differ in the case of the suffix or in how Unicode writes
-    an accent: macOS writes some letters as two characters, others as one."""
+    """What is equal for two names that differ in the case of the suffix or in how
+    Unicode writes an accent: macOS writes some letters as two characters, others as
+    one."""
     stem, suffix = os.path.splitext(name)
     return unicodedata.normalize("NFC", stem) + suffix.lower()
 
@@ -893,8 +902,8 @@ def names_below(folder: Path, files: Sequence[Path]) -> list[str]:
 
 
 def short_names(files: Sequence[Path]) -> list[str]:
-    """The stems of the files where all of these differ, else their paths below the folder that they
-    share, as `names_below` makes them."""
+    """The stems of the files where all of these differ, else their paths below the
+    folder that they share, as `names_below` makes them."""
     stems = [file_stem(path.stem) for path in files]
     if len(set(stems)) == len(set(files)):
         return stems
@@ -941,8 +950,9 @@ class Division(NamedTuple):
 
 
 def sequence_and_frame(path: Path) -> tuple[str, int]:
-    """What the frames of one video share, and the number of this one: ("town/clip_", 12) of the
-    path town/clip_0012.jpg below the folder of the images. Without a number the frame is 0."""
+    """What the frames of one video share, and the number of this one: ("town/clip_",
+    12) of the path town/clip_0012.jpg below the folder of the images. Without a number
+    the frame is 0."""
     name = path.with_name(without_image_ending(path.stem)).as_posix()
     name = unicodedata.normalize("NFC", name)
     sequence = name.rstrip("0123456789")
@@ -953,11 +963,12 @@ def sequence_and_frame(path: Path) -> tuple[str, int]:
 def divide_images(paths: Sequence[Path], share: float) -> Division:
     """Divide images into training and validation by their paths below their folder.
 
-    Images whose paths differ in the last number alone are a group, such as the frames of a video,
-    and stay together. The groups are taken in the order of a hash of their names, each that brings
-    the validation split nearer to `share` of all images: so the result depends on nothing but the
-    names, and changes little where some are added. Where all images are one group, its last
-    frames validate. DataError at less than three images.
+    Images whose paths differ in the last number alone are a group, such as the frames
+    of a video, and stay together. The groups are taken in the order of a hash of their
+    names, each that brings the validation split nearer to `share` of all images: so the
+    result depends on nothing but the names, and changes little where some are added.
+    Where all images are one group, its last frames validate. DataError at less than
+    three images.
     """
     if len(paths) < 3:
         raise DataError(
@@ -1003,8 +1014,8 @@ def divide_sequence(paths: Sequence[Path], frames: list[tuple[str, int]], share:
 def choose_groups(sizes: dict[str, int], share: float) -> set[str]:
     """The groups for validation, at least one and not all; `sizes` has the images of each.
 
-    Their images are about `share` of all. A closer fit is possible with few groups, but then one
-    image more could turn training and validation around.
+    Their images are about `share` of all. A closer fit is possible with few groups, but
+    then one image more could turn training and validation around.
     """
 
     def lot(group: str) -> bytes:
@@ -1092,8 +1103,9 @@ class SegmentationDataset(Dataset):
         label_of_value: uint8 [256], from the raw value in a mask to 0..C-1, `VOID` or `IGNORED`.
         decoded: the samples of `cache_decoded`, None without a cache.
 
-    The argument `classes` has the RGB of each class, and `values` the label of each raw value that
-    a mask may hold; None where a mask holds the labels themselves: 0..C-1 and `VOID`.
+    The argument `classes` has the RGB of each class, and `values` the label of each raw
+    value that a mask may hold; None where a mask holds the labels themselves: 0..C-1
+    and `VOID`.
     """
 
     def __init__(
@@ -1148,8 +1160,8 @@ class SegmentationDataset(Dataset):
     def check_headers(self) -> None:
         """DataError where a file is no image, or a mask has not the size of its image.
 
-        Only the headers are read, in seconds for thousands of files; both files of a pair are read
-        as a whole where the headers do not settle it.
+        Only the headers are read, in seconds for thousands of files; both files of a
+        pair are read as a whole where the headers do not settle it.
         """
         self.mask_sizes = []
         first_mode = ""
@@ -1179,8 +1191,9 @@ class SegmentationDataset(Dataset):
     def network_size(self) -> Size:
         """(H, W) at which a network gets to know the things in this split's images.
 
-        That is `image_size` or, where the images keep their own sizes, the median of their heights
-        and that of their widths. Random scales are around it, and crops are parts of it.
+        That is `image_size` or, where the images keep their own sizes, the median of
+        their heights and that of their widths. Random scales are around it, and crops
+        are parts of it.
         """
         if self.image_size is not None:
             height, width = self.image_size
@@ -1223,8 +1236,8 @@ class SegmentationDataset(Dataset):
         return read_mask(self.masks[index], self.mask_colours)
 
     def open_for_cropping(self, index: int) -> "ImageAndMask | CachedSample":
-        """Sample `index` as something with `height`, `width` and `crop(box)`. With a cache, only
-        the part that is cropped is read."""
+        """Sample `index` as something with `height`, `width` and `crop(box)`. With a
+        cache, only the part that is cropped is read."""
         if self.decoded is not None:
             return self.decoded[index]
         image, mask = self.read(index)
@@ -1305,8 +1318,8 @@ def number_ranges(numbers: Sequence[int]) -> str:
     return ", ".join(parts)
 
 
-# How many pixels of masks `count_values` counts, where a split has more: a second's work, and a few
-# seconds' where a class was not seen until then.
+# How many pixels of masks `count_values` counts, where a split has more: a second's
+# work, and a few seconds' where a class was not seen until then.
 FEW_PIXELS = 5 * 10**7
 MANY_PIXELS = 5 * 10**8
 
@@ -1352,8 +1365,8 @@ def split_warnings(dataset: SegmentationDataset, split: str, training: bool) -> 
 
 
 def label_warnings(dataset: SegmentationDataset, split: str, training: bool) -> list[str]:
-    """What is odd about the labels of a split, in a line each: a single class or none and, for
-    `training`, classes without a pixel. Of drawn scenes nothing is."""
+    """What is odd about the labels of a split, in a line each: a single class or none
+    and, for `training`, classes without a pixel. Of drawn scenes nothing is."""
     if not dataset.masks:
         return []
     counts = count_values(dataset)
@@ -1400,9 +1413,10 @@ def open_dataset(
 ) -> SegmentationDataset:
     """One split of the data set `name` in the folder `data`, without the classes in `hold_out`.
 
-    `name` is one of `DATASETS`; "synthetic" has no folder. `image_size` (H, W) is that of the
-    network's input. `val_share`, in (0, 1), is the part of the images that is the split "val" of a
-    folder without splits; its split "all" needs none. DataError where the files do not fit.
+    `name` is one of `DATASETS`; "synthetic" has no folder. `image_size` (H, W) is that
+    of the network's input. `val_share`, in (0, 1), is the part of the images that is
+    the split "val" of a folder without splits; its split "all" needs none. DataError
+    where the files do not fit.
     """
     if data is not None and not Path(data).is_dir():
         raise DataError(f"no such folder: {data}; --data names the folder of the data set")
@@ -1496,8 +1510,9 @@ class ClassList(NamedTuple):
 def read_classes(path: Path) -> ClassList:
     """The classes of the layout `folder`, with the colours of Pascal VOC or those of the masks.
 
-    The file has a class in each line, in the order of the labels. Names alone mean that the masks
-    hold the labels: 0 for the first line, and 255 for void. Or each line says what the masks hold:
+    The file has a class in each line, in the order of the labels. Names alone mean that
+    the masks hold the labels: 0 for the first line, and 255 for void. Or each line says
+    what the masks hold:
 
         road = 7                a value, 0 to 255
         crack = 255             without this line or a line of void, 255 is refused like any value
@@ -1505,8 +1520,8 @@ def read_classes(path: Path) -> ClassList:
                                 one number is a shade of grey, 7 for 7 7 7
         void = 11               not labelled, which is no class
 
-    Several lines may have the same name: their values become one class. DataError at lines that
-    cannot be understood or contradict each other.
+    Several lines may have the same name: their values become one class. DataError at
+    lines that cannot be understood or contradict each other.
     """
     lines = read_lines(
         path, "the classes, a name a line, or NAME = VALUE, or NAME = R G B for masks in colours"
@@ -1591,8 +1606,9 @@ def means_void(name: str) -> bool:
 
 # ------------------------------------------------------------------------------------- decode cache
 #
-# All samples of a data set lie in one file, one after the other, so that one memory map serves them
-# all. Measured: a file for each sample, mapped anew at each use, loads 5 to 15 % slower.
+# All samples of a data set lie in one file, one after the other, so that one memory map
+# serves them all. Measured: a file for each sample, mapped anew at each use, loads 5 to
+# 15 % slower.
 
 
 class CachedSample(NamedTuple):
@@ -1620,8 +1636,9 @@ class CachedSample(NamedTuple):
 class DecodedFiles:
     """The samples of a data set in one file of raw bytes, which is mapped when it is first used.
 
-    `path` is that file. Beside it lies the index, int [N, 3]: height, width and first byte of each
-    sample. A sample is its image, uint8 [H, W, 3], and then its mask, uint8 [H, W].
+    `path` is that file. Beside it lies the index, int [N, 3]: height, width and first
+    byte of each sample. A sample is its image, uint8 [H, W, 3], and then its mask,
+    uint8 [H, W].
     """
 
     def __init__(self, path: Path):
@@ -1656,9 +1673,10 @@ def fingerprint(files: Sequence[Path]) -> str:
 def cache_decoded(dataset: SegmentationDataset, folder: Path) -> None:
     """Let `dataset` read its samples from a file in `folder`, which is made where it is missing.
 
-    The file's name depends on path, size and time of all source files: after a change a new one is
-    made, for masks in colours also after a change of classes.txt. It is complete or not there, also
-    if several processes make it at once. DataError for drawn scenes, which have no files.
+    The file's name depends on path, size and time of all source files: after a change a
+    new one is made, for masks in colours also after a change of classes.txt. It is
+    complete or not there, also if several processes make it at once. DataError for
+    drawn scenes, which have no files.
     """
     if not dataset.images:
         raise DataError(f"--cache {folder}: drawn scenes are not read from files; leave it out")
@@ -1687,8 +1705,8 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def is_complete(path: Path) -> bool:
-    """Whether `DecodedFiles` can read `path` and its index to their end: a machine that lost its
-    power may have kept a part of them."""
+    """Whether `DecodedFiles` can read `path` and its index to their end: a machine that
+    lost its power may have kept a part of them."""
     try:
         index = np.load(path.with_suffix(".npy"))
         height, width, start = index[-1].tolist()
@@ -1724,8 +1742,8 @@ def decode_files(dataset: SegmentationDataset, path: Path, partial: Path) -> Non
 
 # ----------------------------------------------------------------------------------- training views
 
-# What a random draw of a stream is for. The numbers keep the draws apart; another number gives
-# other batches, and so other weights.
+# What a random draw of a stream is for. The numbers keep the draws apart; another
+# number gives other batches, and so other weights.
 CROP_DRAWS = 0
 FLIP_DRAWS = 1
 ORDER_DRAWS = 2
@@ -1746,8 +1764,9 @@ class Sample(NamedTuple):
     index: int  # of the image in its data set
     view: int  # which scale and crop of it; the epoch unless views repeat
     flip: bool  # mirrored left to right
-    # uint8 [T, H, W], what is stored of a student's targets for the view before its flip.
-    # `NO_TARGET` where nothing is, or not all; of a batch, where that is so for one of its samples.
+    # uint8 [T, H, W], what is stored of a student's targets for the view before its
+    # flip. `NO_TARGET` where nothing is, or not all; of a batch, where that is so for
+    # one of its samples.
     stored_target: Tensor = NO_TARGET
 
 
@@ -1769,8 +1788,8 @@ def flipped(sample: Sample) -> Sample:
 class StoredTargets:
     """A student's targets by view and image, uint8 [K, N, T, H, W] in an .npy file.
 
-    Whoever trains the student writes them, while these are read in its loading processes. The
-    file is mapped when it is first used.
+    Whoever trains the student writes them, while these are read in its loading
+    processes. The file is mapped when it is first used.
     """
 
     def __init__(self, path: Path):
@@ -1792,8 +1811,8 @@ class StoredTargets:
 
 
 class TrainingViews(Dataset):
-    """Random scale, crop, flip (and colour jitter) of a data set. Indexing by (epoch, index) gives
-    a `Sample`.
+    """Random scale, crop, flip (and colour jitter) of a data set. Indexing by (epoch,
+    index) gives a `Sample`.
 
     Args:
         dataset: the images and masks.
@@ -1893,8 +1912,8 @@ def random_crop(
 ) -> tuple[Image.Image, Image.Image]:
     """Image and mask, resized to `image_size` times `scale` and cropped to `crop_size`.
 
-    Where the resized image is smaller than `crop_size`, so is the result. Only what survives the
-    crop is read and resized.
+    Where the resized image is smaller than `crop_size`, so is the result. Only what
+    survives the crop is read and resized.
     """
     scaled_height = max(1, round(image_size[0] * scale))
     scaled_width = max(1, round(image_size[1] * scale))
@@ -1963,14 +1982,14 @@ def split_pairs(batch: Sample) -> tuple[Sample, Sample]:
 
 
 class PairedViews(Dataset):
-    """Training views, each with a partner: a second `Sample`, without labels, from which a network
-    learns its uncertainty alone. Indexing by (epoch, index) gives both.
+    """Training views, each with a partner: a second `Sample`, without labels, from
+    which a network learns its uncertainty alone. Indexing by (epoch, index) gives both.
 
-    A partner is a `strong_view` of the labelled sample (with `strong`), or a view of a random image
-    of `extra`; with both, one or the other at random. Both have the same flip, and a view that is
-    repeated has the same partner again. The partner of image i has index N + i, so that its stored
-    target has a row of its own. Its labels are `VOID`, or `IGNORED` in the padding and on held-out
-    classes.
+    A partner is a `strong_view` of the labelled sample (with `strong`), or a view of a
+    random image of `extra`; with both, one or the other at random. Both have the same
+    flip, and a view that is repeated has the same partner again. The partner of image i
+    has index N + i, so that its stored target has a row of its own. Its labels are
+    `VOID`, or `IGNORED` in the padding and on held-out classes.
 
     Args:
         labelled: the N views with labels.
@@ -2024,12 +2043,12 @@ class PairedViews(Dataset):
 
 
 def strong_view(pixels: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """uint8 [3, H, W] in other colours, blurred and noisy, and in half of the cases with a piece
-    pasted in.
+    """uint8 [3, H, W] in other colours, blurred and noisy, and in half of the cases
+    with a piece pasted in.
 
-    The piece is a polygon of the upturned image itself: not one of the unknown objects that OOD
-    detection is measured on. The labels [H, W] of the piece come along, so that what is held out
-    stays out.
+    The piece is a polygon of the upturned image itself: not one of the unknown objects
+    that OOD detection is measured on. The labels [H, W] of the piece come along, so
+    that what is held out stays out.
     """
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
     if rng.integers(2):
@@ -2057,10 +2076,10 @@ def strong_view(pixels: Tensor, labels: Tensor, rng: np.random.Generator) -> tup
 class EpochBatches(Sampler):
     """Batches of (epoch, index) in an order that is a function of (stream, epoch).
 
-    Process `rank` of `world` gets every `world`-th image of each batch. `epoch` and `start` (the
-    first batch) are set before each pass. A last batch of less than two images per process is
-    dropped, for batch norm needs two. A data set that is smaller than a batch becomes one batch;
-    DataError where even that is too small.
+    Process `rank` of `world` gets every `world`-th image of each batch. `epoch` and
+    `start` (the first batch) are set before each pass. A last batch of less than two
+    images per process is dropped, for batch norm needs two. A data set that is smaller
+    than a batch becomes one batch; DataError where even that is too small.
     """
 
     def __init__(
@@ -2107,8 +2126,8 @@ def training_loader(
 ) -> DataLoader:
     """Batches of `Sample`; set `loader.batch_sampler.epoch` before each pass.
 
-    `batch_size` is that of all `world` processes together. `workers` is the number of processes
-    that load, 0 to load in this one.
+    `batch_size` is that of all `world` processes together. `workers` is the number of
+    processes that load, 0 to load in this one.
     """
     batches = EpochBatches(len(views), batch_size, views.stream, rank, world)
     settings = worker_settings(workers, device)
@@ -2159,9 +2178,9 @@ def worker_settings(workers: int, device: torch.device) -> dict:
 
 
 def leave_ctrl_c_to_parent(worker_id: int) -> None:
-    """Ignore SIGINT in a worker: one that dies of Ctrl-C breaks the loop that its parent is about
-    to end in order. But SIGTERM is how the parent ends it: were that ignored, the parent would wait
-    for ever."""
+    """Ignore SIGINT in a worker: one that dies of Ctrl-C breaks the loop that its
+    parent is about to end in order. But SIGTERM is how the parent ends it: were that
+    ignored, the parent would wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -2192,13 +2211,14 @@ class ComponentSizes(NamedTuple):
 class AnomalyLayout(NamedTuple):
     """An OOD set as its publisher ships it.
 
-    `images` and `masks` are regular expressions of whole paths below the folder of the set. Each
-    has a group `id`, and an image belongs to the mask with the same `id`: images/(?P<id>[^/]+).png
-    matches images/7.png with the id 7.
+    `images` and `masks` are regular expressions of whole paths below the folder of the
+    set. Each has a group `id`, and an image belongs to the mask with the same `id`:
+    images/(?P<id>[^/]+).png matches images/7.png with the id 7.
 
-    Where a set has only the differences to photographs of another set, `images` are the files of
-    the differences and `photographs` the photographs. The id of a photograph is then that of its
-    difference without the number in front: frankfurt_1 for 0003_frankfurt_1.
+    Where a set has only the differences to photographs of another set, `images` are the
+    files of the differences and `photographs` the photographs. The id of a photograph
+    is then that of its difference without the number in front: frankfurt_1 for
+    0003_frankfurt_1.
     """
 
     description: str  # of the files, for a message
@@ -2297,9 +2317,9 @@ class OODSet(NamedTuple):
 def open_ood(spec: str, dataset: SegmentationDataset) -> OODSet:
     """The OOD set that `spec` names, at the input size of the evaluation set `dataset`.
 
-    "pasted": unknown objects in its images; "held-out": its held-out classes; "synthetic": the
-    split `ood` of the drawn scenes; NAME:PATH with a name of `OOD_LAYOUTS`; or a folder. DataError
-    where the files do not fit.
+    "pasted": unknown objects in its images; "held-out": its held-out classes;
+    "synthetic": the split `ood` of the drawn scenes; NAME:PATH with a name of
+    `OOD_LAYOUTS`; or a folder. DataError where the files do not fit.
     """
     if spec in ("pasted", "held-out"):
         anomalies = EvaluationAnomalies(dataset, paste=spec == "pasted")
@@ -2415,9 +2435,10 @@ def files_by_id(files: list[tuple[Path, str]], pattern: re.Pattern, kind: str) -
 class AnomalyImages(SegmentationDataset):
     """Images of any size with masks: 1 anomaly, 0 none, 255 void.
 
-    The network's input has the height of `image_size` and keeps an image's proportions. `values`
-    has the label of each raw value that a mask may hold. `differences` is empty, or has a file for
-    each image: then `images` are photographs, to which the differences are added.
+    The network's input has the height of `image_size` and keeps an image's proportions.
+    `values` has the label of each raw value that a mask may hold. `differences` is
+    empty, or has a file for each image: then `images` are photographs, to which the
+    differences are added.
     """
 
     def __init__(
@@ -2499,8 +2520,8 @@ PASTED_STREAM = 3  # of the draws of pasted objects, the same for every seed
 class EvaluationAnomalies(Dataset):
     """The evaluation set with masks of anomalies: 0 normal, 1 anomaly, 255 void.
 
-    The anomalies are its held-out classes or, with `paste`, unknown objects that are pasted into
-    its images, the same for an index; what is held out is void then.
+    The anomalies are its held-out classes or, with `paste`, unknown objects that are
+    pasted into its images, the same for an index; what is held out is void then.
     """
 
     def __init__(self, dataset: SegmentationDataset, paste: bool):
@@ -2528,16 +2549,18 @@ class EvaluationAnomalies(Dataset):
 
 # ------------------------------------------------------------------------------------- drawn scenes
 #
-# Street scenes that are drawn on the spot, so that everything runs with nothing downloaded, and the
-# unknown objects that are pasted into images. Nothing above needs to know how they are drawn.
+# Street scenes that are drawn on the spot, so that everything runs with nothing
+# downloaded, and the unknown objects that are pasted into images. Nothing above needs
+# to know how they are drawn.
 
 SYNTHETIC_SPLITS = {"train": 240, "val": 48, "ood": 48}  # images of each
 SYNTHETIC_SIZE = (96, 144)  # height, width
 
 
 class SyntheticScenes(SegmentationDataset):
-    """Drawn street scenes, the same for the same split and index; the masks of the split "ood" tell
-    unknown objects. DataError at a split that is not in `SYNTHETIC_SPLITS`."""
+    """Drawn street scenes, the same for the same split and index; the masks of the
+    split "ood" tell unknown objects. DataError at a split that is not in
+    `SYNTHETIC_SPLITS`."""
 
     def __init__(self, split: str, image_size: Size | None = None):
         if split not in SYNTHETIC_SPLITS:
@@ -2605,9 +2628,9 @@ WEATHERS = (
 )
 WEATHER_WEIGHTS = (5, 4, 2)
 
-# What stands in the street and faces the camera, as parts from back to front: class (None keeps
-# the one that is there), material, and x, y, x, y, ... in centimetres. Two points are the corners
-# of an ellipse.
+# What stands in the street and faces the camera, as parts from back to front: class
+# (None keeps the one that is there), material, and x, y, x, y, ... in centimetres. Two
+# points are the corners of an ellipse.
 SHADOW = (None, "black", -45, -7, 45, 7)
 POST = (POLE, "metal", -24, 0, -24, 230, 24, 230, 24, 0)
 LAMP_POST = [SHADOW, (POLE, "metal", -24, 0, -24, 600, 24, 600, 24, 0)]
@@ -2658,8 +2681,9 @@ EYE_HEIGHT = 1.4  # metres
 class Scene:
     """Camera and weather of one street, and the two pictures that are painted together.
 
-    Points are (x, y, z) in metres: x to the right of the camera, y above the ground, z ahead of it.
-    Each call paints over what is there; with the label None it leaves the labels as they are.
+    Points are (x, y, z) in metres: x to the right of the camera, y above the ground, z
+    ahead of it. Each call paints over what is there; with the label None it leaves the
+    labels as they are.
     """
 
     image: ImageDraw.ImageDraw
@@ -2716,8 +2740,8 @@ class Scene:
 def draw_scene(rng: np.random.Generator, size: Size) -> tuple[np.ndarray, np.ndarray]:
     """A street as (image uint8 [H, W, 3], labels uint8 [H, W], 0..10 and 255) for size (H, W).
 
-    What stands where, and its colours, are draws of Python's generator, seeded by `rng`; clouds,
-    grain and void are draws of `rng` itself.
+    What stands where, and its colours, are draws of Python's generator, seeded by
+    `rng`; clouds, grain and void are draws of `rng` itself.
     """
     street_rng = random.Random(int(rng.integers(2**62)))
     height = 2 * size[0]  # drawn at twice the size: halving smooths the edges
@@ -2999,8 +3023,9 @@ def paste_unknowns(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One to three unknown objects in a street image, uint8 [H, W, 3]: (image, mask uint8 [H, W]).
 
-    The mask is 1 on them. `horizon` is a fraction of the height, from the top. Size, light and
-    grain follow the image. An image less than 16 pixels high or wide has no room for an object.
+    The mask is 1 on them. `horizon` is a fraction of the height, from the top. Size,
+    light and grain follow the image. An image less than 16 pixels high or wide has no
+    room for an object.
     """
     height, width = image.shape[:2]
     mask = np.zeros((height, width), np.uint8)

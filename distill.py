@@ -782,8 +782,10 @@ def inherit_from_teacher(command: dict, checkpoint: dict) -> dict:
 def views_of_work(flags: TrainingFlags, distillation: DistillationFlags, members: int) -> float:
     """The work on one image in training steps of a view: those of the student in all epochs, and
     the teacher's passes, each of a member a third of a step."""
-    kept_views = min(distillation.views, flags.epochs)
-    passes = members * (kept_views or flags.epochs)
+    views_of_teacher = flags.epochs  # a new one in each
+    if distillation.views > 0:
+        views_of_teacher = min(distillation.views, flags.epochs)
+    passes = members * views_of_teacher
     in_pairs = bool(distillation.strong_views or distillation.extra)
     views = flags.epochs + passes / 3
     return 2 * views if in_pairs else views

@@ -6,8 +6,9 @@
     python evaluate.py --predict photo.jpg --score msp entropy          # of these scores
     python evaluate.py --export student.pt2      # a network that needs nothing of this project
 
-Everything is pooled over all labelled pixels of the split at their native size (metrics.py has the
-definitions); member 0, the teacher and the student see the same pixels in the same pass.
+Everything is pooled over all labelled pixels of the split at their native size
+(metrics.py has the definitions); member 0, the teacher and the student see the same
+pixels in the same pass.
 
 Outline, one section per line:
 
@@ -97,17 +98,17 @@ class Networks(NamedTuple):
 
     @property
     def main_name(self) -> str:
-        """The network whose prediction is used where only one is shown: the student or, if there
-        is none, the teacher."""
+        """The network whose prediction is used where only one is shown: the student or,
+        if there is none, the teacher."""
         return "teacher" if self.student is None else "student"
 
     @property
     def shown_measure(self) -> str:
-        """The teacher's measure that panels, the class table and fidelity show: the paper's std,
-        or the student's first measure where it did not learn the std.
+        """The teacher's measure that panels, the class table and fidelity show: the
+        paper's std, or the student's first measure where it did not learn the std.
 
-        `validate` differs on purpose: while a student is trained, only its first measure is
-        compared, which is the one that the user named first.
+        `validate` differs on purpose: while a student is trained, only its first
+        measure is compared, which is the one that the user named first.
         """
         if not self.measures or "std" in self.measures:
             return "std"
@@ -139,8 +140,8 @@ class Output(NamedTuple):
 
 
 def student_score(measure: str) -> str:
-    """The name of what the student predicts for a measure: "dudes" is the distilled std. `ERROR`
-    keeps its name, as it is nothing that a teacher distilled."""
+    """The name of what the student predicts for a measure: "dudes" is the distilled
+    std. `ERROR` keeps its name, as it is nothing that a teacher distilled."""
     if measure == "std":
         return "dudes"
     if measure == ERROR:
@@ -151,9 +152,10 @@ def student_score(measure: str) -> str:
 class MemberStream:
     """The members' logits [B, C, H, W], one member at a time, for `predictive_statistics`.
 
-    Holding the logits of all members at once would need too much memory. So this iterator has
-    side effects: while the logits pass, it keeps those of the first member (`first`) and, if it
-    is given labels [B, H, W] and one confusion matrix per member, updates these matrices.
+    Holding the logits of all members at once would need too much memory. So this
+    iterator has side effects: while the logits pass, it keeps those of the first member
+    (`first`) and, if it is given labels [B, H, W] and one confusion matrix per member,
+    updates these matrices.
     """
 
     def __init__(
@@ -187,10 +189,11 @@ def predict(
 ) -> dict[str, Output]:
     """Probabilities and scores of every network at `size` (H, W), softmax after the upsampling.
 
-    images: uint8 [B, 3, h, w]. Returns "member" and "teacher" if there is a teacher, then
-    "student" if there is one. "member" is the teacher's first member, or the first sample of an
-    MC-dropout teacher. With labels [B, H, W] and one confusion matrix per member, these matrices
-    are updated too: each member's logits exist only during this call.
+    images: uint8 [B, 3, h, w]. Returns "member" and "teacher" if there is a teacher,
+    then "student" if there is one. "member" is the teacher's first member, or the first
+    sample of an MC-dropout teacher. With labels [B, H, W] and one confusion matrix per
+    member, these matrices are updated too: each member's logits exist only during this
+    call.
     """
     outputs = {}
     if networks.teacher is not None:
@@ -211,8 +214,8 @@ def predict(
 
 
 def student_output(logits: Tensor, uncertainty: Tensor | None, measures: Sequence[str]) -> Output:
-    """A student's probabilities, and its scores: of each measure that it learned, in the measure's
-    own unit, and the free ones.
+    """A student's probabilities, and its scores: of each measure that it learned, in
+    the measure's own unit, and the free ones.
 
     logits [B, C, H, W]; uncertainty [B, T, H, W], a channel per measure, None without measures.
     """
@@ -244,8 +247,8 @@ class Predictor(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """What the network predicts for RGB images [B, 3, H, W], uint8 or float in [0, 1].
 
-        `classes` uint8 [B, H, W], `probabilities` float32 [B, C, H, W], and every score of
-        `student_output` float32 [B, H, W]. --export writes this function.
+        `classes` uint8 [B, H, W], `probabilities` float32 [B, C, H, W], and every score
+        of `student_output` float32 [B, H, W]. --export writes this function.
         """
         logits, uncertainty = self.network(images)
         output = student_output(logits, uncertainty, self.measures)
@@ -260,10 +263,10 @@ class Predictor(nn.Module):
     def predict(self, image: Image.Image | np.ndarray) -> "Maps":
         """The classes uint8 [H, W] and, by name, the scores float32 [H, W] of one image.
 
-        image: a PIL image of any mode, which is set upright as its EXIF tag says, or RGB values
-        uint8 [H, W, 3]. Of any size: it is resized in proportion to what the network was trained
-        for, and the maps have its own size, all as `evaluate.py --predict` does. Raises DataError
-        where an array is no image.
+        image: a PIL image of any mode, which is set upright as its EXIF tag says, or
+        RGB values uint8 [H, W, 3]. Of any size: it is resized in proportion to what the
+        network was trained for, and the maps have its own size, all as `evaluate.py
+        --predict` does. Raises DataError where an array is no image.
         """
         if isinstance(image, Image.Image):
             image = data.to_rgb(image)
@@ -280,8 +283,9 @@ def load_model(path: str | Path) -> Predictor:
         student = load_model("ckpts/student.pt")
         classes, scores = student.predict(Image.open("photo.jpg"))
 
-    It is that of `model.load_model`, which knows logits and channels alone: what they stand for is
-    in metrics.py, of which model.py knows nothing. Raises ModelError if it is unusable.
+    It is that of `model.load_model`, which knows logits and channels alone: what they
+    stand for is in metrics.py, of which model.py knows nothing. Raises ModelError if it
+    is unusable.
     """
     return Predictor(model.load_model(path))
 
@@ -317,8 +321,8 @@ def image_statistics(outputs: dict[str, Output]) -> dict[str, list[ImageStatisti
 def evaluation_batches(
     dataset: Dataset, inference: InferenceSettings
 ) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
-    """One pass over a data set, with a live line: images uint8 [B, 3, h, w] and labels uint8
-    [B, H, W] on the device, and the B indices."""
+    """One pass over a data set, with a live line: images uint8 [B, 3, h, w] and labels
+    uint8 [B, H, W] on the device, and the B indices."""
     torch.manual_seed(0)  # so that MC dropout draws the same samples in every pass
     loader = data.evaluation_loader(
         dataset, inference.batch_size, inference.workers, inference.device
@@ -356,13 +360,15 @@ def validate(
 ) -> dict:
     """How well `network` does on the images of an `evaluation_loader`, while it is trained.
 
-    Returns miou, iou, pixel_accuracy, mean_class_accuracy and n of `metrics.ConfusionMatrix`, in a
-    process group over the images of all processes. teacher_target(images, (H, W), index) returns
-    the teacher's measure [B, H, W]; if it is given, the result also has `metrics.Fidelity` of the
-    student's first uncertainty, as fidelity_rmse, fidelity_pearson and so on.
+    Returns miou, iou, pixel_accuracy, mean_class_accuracy and n of
+    `metrics.ConfusionMatrix`, in a process group over the images of all processes.
+    teacher_target(images, (H, W), index) returns the teacher's measure [B, H, W]; if it
+    is given, the result also has `metrics.Fidelity` of the student's first uncertainty,
+    as fidelity_rmse, fidelity_pearson and so on.
 
-    A compiled network runs compiled where all images and labels have one size, and eagerly
-    otherwise: every size would be compiled anew, which takes longer than it saves.
+    A compiled network runs compiled where all images and labels have one size, and
+    eagerly otherwise: every size would be compiled anew, which takes longer than it
+    saves.
     """
     network.eval()
     confusion = metrics.ConfusionMatrix(network.num_classes)
@@ -448,8 +454,8 @@ class SplitTracker:
 
 
 def detection_results(detection: metrics.Detection) -> dict:
-    """AUROC, AP, FPR95, and both curves thinned to what a plot can show; where there are any, the
-    share of the scores that float16 cannot hold."""
+    """AUROC, AP, FPR95, and both curves thinned to what a plot can show; where there
+    are any, the share of the scores that float16 cannot hold."""
     curves = detection.curves()
     fpr = np.append(0.0, curves["fpr"])
     tpr = np.append(0.0, curves["tpr"])
@@ -492,9 +498,9 @@ def warn_beyond_float16(name: str, results: dict[str, dict]) -> None:
 
 
 class FidelityTracker:
-    """How closely the student's uncertainty follows its teacher's: `metrics.Fidelity`, and a joint
-    histogram of both over all labelled pixels for the report's picture (with linear bins and far
-    fewer of them than that metric has)."""
+    """How closely the student's uncertainty follows its teacher's: `metrics.Fidelity`,
+    and a joint histogram of both over all labelled pixels for the report's picture
+    (with linear bins and far fewer of them than that metric has)."""
 
     BINS = 64  # along each axis of the histogram, from 0 to `largest`
 
@@ -537,8 +543,8 @@ class FidelityTracker:
 class SplitResults(NamedTuple):
     """What `evaluate_split` returns."""
 
-    # The parts segmentation, uncertainty, classes, confusion, operating_points, recommended and
-    # fidelity of metrics.json
+    # The parts segmentation, uncertainty, classes, confusion, operating_points,
+    # recommended and fidelity of metrics.json
     results: dict
     comparison: dict  # of finding errors, as `compare_with_free` returns it; {} without a student
     accuracy: list[float]  # pixel accuracy of each image, by the network `Networks.main_name`
@@ -556,8 +562,8 @@ def evaluate_split(
 ) -> SplitResults:
     """Everything that is measured against labels, in one pass over the images.
 
-    score_folder: where `save_scores` writes the score maps. with_image_statistics: collect
-    `image_statistics`. The accuracy of an image that is all void is NaN.
+    score_folder: where `save_scores` writes the score maps. with_image_statistics:
+    collect `image_statistics`. The accuracy of an image that is all void is NaN.
     """
     num_classes = len(dataset.classes)
     num_members = 0
@@ -651,8 +657,9 @@ def results_of_trackers(
 def recommended_score(network: str, uncertainty: dict[str, dict]) -> dict[str, str]:
     """Which score of a network to reject pixels by: the one with the lowest AURC.
 
-    uncertainty: that part of metrics.json. Of equal ones, as where nothing is wrong, and where no
-    AURC is defined, it is `msp`, which any network has. Keys: network, score, reason.
+    uncertainty: that part of metrics.json. Of equal ones, as where nothing is wrong,
+    and where no AURC is defined, it is `msp`, which any network has. Keys: network,
+    score, reason.
     """
     aurc = {}
     for key, results in uncertainty.items():
@@ -751,11 +758,11 @@ def image_level(
     anomalous: list[bool],
     in_distribution: list[ImageStatistics],
 ) -> dict[str, float]:
-    """AUROC of telling images with an anomaly from images without one, by the mean and by the 99th
-    percentile of a score.
+    """AUROC of telling images with an anomaly from images without one, by the mean and
+    by the 99th percentile of a score.
 
-    statistics: of the OOD set, one per image; anomalous: whether each of these images shows an
-    anomaly; in_distribution: statistics of further images without an anomaly.
+    statistics: of the OOD set, one per image; anomalous: whether each of these images
+    shows an anomaly; in_distribution: statistics of further images without an anomaly.
     """
     positives = []
     negatives = []
@@ -803,12 +810,13 @@ def evaluate_ood(
     inference: InferenceSettings,
     score_folder: Path | None = None,
 ) -> OODResults:
-    """How well every score of every network detects the anomalies of one OOD set, by pixels, by
-    components and by images.
+    """How well every score of every network detects the anomalies of one OOD set, by
+    pixels, by components and by images.
 
-    in_distribution: statistics of further images without an anomaly. Components need each score's
-    threshold of the best pixel F1, which is known only after a whole pass. Scores of up to
-    `MAX_WAITING_BYTES` are kept until then; if there are more, a second pass recomputes them.
+    in_distribution: statistics of further images without an anomaly. Components need
+    each score's threshold of the best pixel F1, which is known only after a whole pass.
+    Scores of up to `MAX_WAITING_BYTES` are kept until then; if there are more, a second
+    pass recomputes them.
     """
     tracker = AnomalyTracker()
     for images, mask, index in evaluation_batches(ood.dataset, inference):
@@ -853,8 +861,8 @@ def component_results(
 
     smallest: pixels of the smallest predicted and of the smallest true component that count.
 
-    Threads work on the scores of a batch, side by side, while the next batch is computed: nearly
-    all of their time is numpy's, which lets other threads run.
+    Threads work on the scores of a batch, side by side, while the next batch is
+    computed: nearly all of their time is numpy's, which lets other threads run.
     """
     trackers = {key: metrics.ComponentDetection(*smallest) for key in thresholds}
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
@@ -865,8 +873,8 @@ def component_results(
             finish(updates)
             updates = []
             for key, values in scores.items():
-                # `>`, as the code of SegmentMeIfYouCan cuts, although best_f1 counts the
-                # threshold itself as positive.
+                # `>`, as the code of SegmentMeIfYouCan cuts, although best_f1 counts
+                # the threshold itself as positive.
                 above = (values.half() > thresholds[key]).cpu()
                 updates.append(threads.submit(trackers[key].update, above, mask, truth))
         finish(updates)
@@ -926,8 +934,8 @@ def protocol_sentence(protocol: dict) -> str:
 
 
 def compared_scores(outputs: dict[str, Output]) -> dict[str, Tensor]:
-    """The scores [B, H, W] that `compare_with_free` compares, by "<network>/<score>": the
-    student's, and the teacher's measures; none without a student."""
+    """The scores [B, H, W] that `compare_with_free` compares, by "<network>/<score>":
+    the student's, and the teacher's measures; none without a student."""
     if "student" not in outputs:
         return {}
     compared = {name: output for name, output in outputs.items() if name != "member"}
@@ -937,21 +945,23 @@ def compared_scores(outputs: dict[str, Output]) -> dict[str, Tensor]:
 def compare_with_free(bootstrap: metrics.PairedBootstrap, figures: Sequence[str]) -> dict:
     """Does a score of the student find more than what its softmax gives for nothing?
 
-    bootstrap: has seen the `compared_scores` of all images; figures: "auroc", "aurc". Returns one
-    task of the part "comparison" of metrics.json, which is, if there is a student,
+    bootstrap: has seen the `compared_scores` of all images; figures: "auroc", "aurc".
+    Returns one task of the part "comparison" of metrics.json, which is, if there is a
+    student,
 
         "comparison": {"draws": 1000, "seed": 0, "errors": task, "ood": {"<set>": task}}
         task: {"auroc": figure, "aurc": figure}      an OOD set has the AUROC alone
         figure: {"best_free": "student/<score>", "value": x,
                  "scores": {"<network>/<score>": {"value", "gain", "low", "high", "worth_more"}}}
 
-    best_free: the best of `metrics.FREE_SCORES` by its value on these very images, which favours
-    it over the others. scores: all that the student learned and, as "teacher/<measure>", what a
-    perfect copy of the teacher would reach when it is asked for the student's errors or for the
-    anomalies. gain: how much better than the best free score, above 0 is better for both figures;
-    low, high: its 95 % interval. worth_more: `verdict` of the interval. All are figures of
-    `metrics.PairedBootstrap`, whose cells are coarse: a value may differ from the same figure
-    elsewhere in metrics.json by a few units of its fifth digit.
+    best_free: the best of `metrics.FREE_SCORES` by its value on these very images,
+    which favours it over the others. scores: all that the student learned and, as
+    "teacher/<measure>", what a perfect copy of the teacher would reach when it is asked
+    for the student's errors or for the anomalies. gain: how much better than the best
+    free score, above 0 is better for both figures;
+    low, high: its 95 % interval. worth_more: `verdict` of the interval. All are figures
+    of `metrics.PairedBootstrap`, whose cells are coarse: a value may differ from the
+    same figure elsewhere in metrics.json by a few units of its fifth digit.
     """
     results = {}
     if not bootstrap.images:
@@ -980,8 +990,8 @@ def compare_with_free(bootstrap: metrics.PairedBootstrap, figures: Sequence[str]
 
 
 def verdict(low: float, high: float) -> str:
-    """Is a score worth more? "yes" where the interval of its gain lies above 0, "no" where it
-    lies below, "undecided" around 0 and where there is no interval."""
+    """Is a score worth more? "yes" where the interval of its gain lies above 0, "no"
+    where it lies below, "undecided" around 0 and where there is no interval."""
     if low > 0:
         return "yes"
     if high < 0:
@@ -1001,10 +1011,11 @@ def benchmark(
 ) -> dict[str, dict]:
     """Cost of a forward pass from uint8 pixels to class and uncertainty, for each network.
 
-    image: uint8 [3, h, w], repeated to a batch. Returns the number of parameters and, after a
-    warm-up, the median milliseconds per image, the images per second and the peak memory in MB
-    (the weights, and what the pass adds); the networks take turns. with_compiled: measure again
-    under torch.compile, as compiled_ms_per_image and so on.
+    image: uint8 [3, h, w], repeated to a batch. Returns the number of parameters and,
+    after a warm-up, the median milliseconds per image, the images per second and the
+    peak memory in MB (the weights, and what the pass adds); the networks take turns.
+    with_compiled: measure again under torch.compile, as compiled_ms_per_image and so
+    on.
     """
     images = image[None].repeat(inference.batch_size, 1, 1, 1).to(inference.device)
     candidates = networks.by_name()
@@ -1078,8 +1089,8 @@ class PeakMemory:
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
-    """Measure the peak growth of memory inside the `with`: the allocator's memory on a GPU, the
-    process's on a CPU (unknown unless this is Linux with glibc)."""
+    """Measure the peak growth of memory inside the `with`: the allocator's memory on a
+    GPU, the process's on a CPU (unknown unless this is Linux with glibc)."""
     peak = PeakMemory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -1179,8 +1190,9 @@ def scores_of(networks: Networks) -> list[str]:
 
 
 def choose_scores(named: list[str] | None, networks: Networks) -> list[str]:
-    """The scores whose maps --predict writes: those that --score names or, without it, `msp`, which
-    finds errors best of what is free, and the std. UsageError at a name that is none."""
+    """The scores whose maps --predict writes: those that --score names or, without it,
+    `msp`, which finds errors best of what is free, and the std. UsageError at a name
+    that is none."""
     valid = scores_of(networks)
     if named is None:
         named = ["msp", networks.shown_score(networks.main_name)]
@@ -1204,10 +1216,11 @@ def predict_files(
 ) -> None:
     """--predict: write the maps of one image, or of all images in a folder and its subfolders.
 
-    Files that are no images are skipped and counted; UsageError where there is no image at all.
-    All maps of a score share one scale, which is known when the last image was predicted. Until
-    then the maps lie on the disk, each on a scale of its own, so that memory does not grow with
-    the number of images. `finish_maps` brings them to one scale.
+    Files that are no images are skipped and counted; UsageError where there is no image
+    at all. All maps of a score share one scale, which is known when the last image was
+    predicted. Until then the maps lie on the disk, each on a scale of its own, so that
+    memory does not grow with the number of images. `finish_maps` brings them to one
+    scale.
     """
     files, root = files_to_predict(source, out)
     names = map_names(files)
@@ -1251,8 +1264,8 @@ def predict_files(
 
 
 def prediction_summary(out: Path, input_sizes: Counter, skipped: list[Path]) -> str:
-    """How many images were predicted, at which sizes, and what was skipped; input_sizes: number of
-    images by HxW of the network's input."""
+    """How many images were predicted, at which sizes, and what was skipped;
+    input_sizes: number of images by HxW of the network's input."""
     sizes = [f"{size} ({count})" for size, count in input_sizes.most_common(3)]
     if len(input_sizes) > 3:
         sizes.append("...")
@@ -1264,8 +1277,8 @@ def prediction_summary(out: Path, input_sizes: Counter, skipped: list[Path]) -> 
 
 
 def files_to_predict(source: Path, out: Path) -> tuple[list[Path], Path]:
-    """The files that --predict names, and the folder that their maps' paths are relative to.
-    UsageError for what is not there, is a video or is a camera."""
+    """The files that --predict names, and the folder that their maps' paths are
+    relative to. UsageError for what is not there, is a video or is a camera."""
     if source.is_dir():
         return images_below(source, out), source
     is_address = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(source))  # rtsp://camera/1
@@ -1333,8 +1346,9 @@ def images_below(source: Path, out: Path) -> list[Path]:
 
 
 def map_names(files: list[Path]) -> dict[Path, Path]:
-    """What the names of each file's maps begin with: the file's name without its suffix; with it
-    where two files share the stem, and where it is none of an image, as in cam.1."""
+    """What the names of each file's maps begin with: the file's name without its
+    suffix; with it where two files share the stem, and where it is none of an image, as
+    in cam.1."""
     taken = Counter(files)
     taken.update(path.with_suffix("") for path in files)
     known_suffixes = Image.registered_extensions()
@@ -1356,8 +1370,8 @@ def predict_maps(
 ) -> Maps:
     """Classes and scores of an image of any size, by the student or, without one, the teacher.
 
-    A large image is predicted in tiles that overlap; where image_size reduces the image anyway, a
-    smaller map is predicted and enlarged instead.
+    A large image is predicted in tiles that overlap; where image_size reduces the image
+    anyway, a smaller map is predicted and enlarged instead.
     """
     if networks.student is not None:
         networks = networks._replace(teacher=None)
@@ -1446,8 +1460,8 @@ def save_classes(
 
 
 def write_map(path: Path, values: np.ndarray, scale: MapScale, compress_level: int = 6) -> None:
-    """Write a score [H, W] as a PNG of 16-bit grey, u16 = (value - offset) / scale * 65535, which
-    tells offset and scale in its text; `scales.json` has them too."""
+    """Write a score [H, W] as a PNG of 16-bit grey, u16 = (value - offset) / scale *
+    65535, which tells offset and scale in its text; `scales.json` has them too."""
     text = PngInfo()
     text.add_text("offset", repr(scale.offset))
     text.add_text("scale", repr(scale.scale))
@@ -1498,8 +1512,8 @@ def write_scales(path: Path, network: str, scales: dict[str, MapScale]) -> None:
 
 
 def with_scale_bar(pixels: np.ndarray, scale: MapScale, score: str) -> Image.Image:
-    """A map, uint8 [H, W, 3], above a bar with its colours, their values and the score's unit. The
-    picture is as wide as the map, at least 320 pixels."""
+    """A map, uint8 [H, W, 3], above a bar with its colours, their values and the
+    score's unit. The picture is as wide as the map, at least 320 pixels."""
     height, width = pixels.shape[:2]
     sheet_width = max(width, 320)
     text_height = max(13, sheet_width // 55)  # pixels: legible also where the picture is reduced
@@ -1535,9 +1549,9 @@ LARGEST_SIDE = 8192  # pixels
 def export_network(student: Path, path: Path, results_file: Path) -> None:
     """--export: write a checkpoint's network to a file that needs nothing of this project.
 
-    A .pt2 file is what torch.export.load reads, an .onnx file is for every runtime of ONNX. Both
-    are the graph of `Predictor.forward`. results_file: metrics.json, whose operating points go
-    into the metadata if they are this network's.
+    A .pt2 file is what torch.export.load reads, an .onnx file is for every runtime of
+    ONNX. Both are the graph of `Predictor.forward`. results_file: metrics.json, whose
+    operating points go into the metadata if they are this network's.
     """
     check_export_path(path)
     checkpoint = model.read_checkpoint(student)
@@ -1631,9 +1645,9 @@ def export_metadata(predictor: Predictor, checkpoint: dict, thresholds: dict) ->
 def find_thresholds(results_file: Path, identity: str) -> dict:
     """What a metrics.json says about thresholds on the scores of the student of this identity.
 
-    Keys: operating_points and recommended, as there; operating_points_from, the file and the
-    images that they were chosen on or, where the file is missing or another student's, why there
-    are none.
+    Keys: operating_points and recommended, as there; operating_points_from, the file
+    and the images that they were chosen on or, where the file is missing or another
+    student's, why there are none.
     """
     nothing = {"operating_points": {}, "recommended": None}
     advice = "evaluate this student first, with the same --out"
@@ -1786,9 +1800,10 @@ def draw_panels(
     anomalies: bool = False,
     best_free: str | None = None,
 ) -> list[tuple[str, Path]]:
-    """Draw one PNG panel in `folder` for each (title, index) of `chosen`; returns (title, file) of
-    each. With `anomalies` the data set's labels are the masks of an OOD set, and best_free is the
-    "student/<score>" that finds its anomalies best of what is free."""
+    """Draw one PNG panel in `folder` for each (title, index) of `chosen`; returns
+    (title, file) of each. With `anomalies` the data set's labels are the masks of an
+    OOD set, and best_free is the "student/<score>" that finds its anomalies best of
+    what is free."""
     panel_mark = PngInfo()
     panel_mark.add_text("Software", PANEL_SOFTWARE)  # by which `remove_old_panels` knows them
     panels = []
@@ -1850,9 +1865,10 @@ def draw_panel(
 ) -> Image.Image:
     """The paper's five columns: image, ground truth, prediction, accuracy map, uncertainty.
 
-    labels: [H, W], classes (254 and 255 are void) or, with `anomalies`, 0, 1 anomaly, 255 void.
-    One row per network; below the rows are legends and a colour bar. Of anomalies the accuracy map
-    is the same for every network: in its second row stands `free`, if it is given.
+    labels: [H, W], classes (254 and 255 are void) or, with `anomalies`, 0, 1 anomaly,
+    255 void. One row per network; below the rows are legends and a colour bar. Of
+    anomalies the accuracy map is the same for every network: in its second row stands
+    `free`, if it is given.
     """
     palette = networks.palette
     class_maps = [row.prediction for row in rows]
@@ -1988,8 +2004,8 @@ class PanelSheet:
         self.draw.text((x + 28, y), name, fill=INK)
 
     def draw_colour_bar(self, column: int, row: int, scale: MapScale, unit: str) -> None:
-        """Draw the colours of a scale, its ends and its unit below a column, from a row of the
-        strip on."""
+        """Draw the colours of a scale, its ends and its unit below a column, from a row
+        of the strip on."""
         left = self.left_of(column)
         right = left + self.cell_width - PANEL_MARGIN
         top = self.strip_top + LEGEND_ROW * row
@@ -2031,8 +2047,8 @@ def draw_rejection(
 ) -> tuple[str, Image.Image]:
     """What rejecting means in one image: the picture, and its caption.
 
-    Three columns: the image, the prediction with the rejected pixels hatched, and which pixels
-    are right, wrong, rejected or not.
+    Three columns: the image, the prediction with the rejected pixels hatched, and which
+    pixels are right, wrong, rejected or not.
     """
     image, labels, _ = dataset[index]
     outputs = predict(networks, image[None].to(inference.device), labels.shape, inference.amp)
@@ -2076,8 +2092,8 @@ def draw_rejection(
 
 
 def hatched(pixels: np.ndarray, rejected: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A picture [H, W, 3] at `size` (width, height) with diagonal lines over the rejected pixels,
-    bool [H, W]: uint8."""
+    """A picture [H, W, 3] at `size` (width, height) with diagonal lines over the
+    rejected pixels, bool [H, W]: uint8."""
     large = np.asarray(Image.fromarray(pixels).resize(size, Image.NEAREST)).copy()
     mask = np.asarray(Image.fromarray(rejected).resize(size, Image.NEAREST))
     width, height = size
@@ -2260,8 +2276,8 @@ def line_chart(
 
 
 def learning_charts(logs: dict[str, list[dict]]) -> list[Chart]:
-    """Loss and validation mIoU by epoch. logs: by the name of a network, the lines of its .jsonl;
-    an epoch after which nothing was validated has no mIoU."""
+    """Loss and validation mIoU by epoch. logs: by the name of a network, the lines of
+    its .jsonl; an epoch after which nothing was validated has no mIoU."""
     charts = []
     for key, title in (("loss", "Training loss"), ("miou", "Validation mIoU")):
         series = []
@@ -2281,8 +2297,9 @@ CELL_LABELS = 114  # pixels: beside and above the cells
 
 
 def confusion_chart(matrix: list[list[int]], classes: Sequence[str]) -> Chart:
-    """A confusion matrix as SVG: a row per true class, a column per predicted one, both in the
-    order of the classes. A cell tells which part of the true class it is, in %, from 0.5 % on."""
+    """A confusion matrix as SVG: a row per true class, a column per predicted one, both
+    in the order of the classes. A cell tells which part of the true class it is, in %,
+    from 0.5 % on."""
     parts = [
         svg_text(0, CELL_LABELS - 8, "truth \N{DOWNWARDS ARROW}  predicted \N{RIGHTWARDS ARROW}"),
     ]
@@ -2396,8 +2413,8 @@ class Section(NamedTuple):
 
 
 def three_digits(value: float, sign: str = "") -> str:
-    """A number with three digits that count, whole from 100 on; sign: "+" to show that of positive
-    numbers too."""
+    """A number with three digits that count, whole from 100 on; sign: "+" to show that
+    of positive numbers too."""
     if not math.isfinite(value):
         return "–"
     if value == 0:
@@ -2421,8 +2438,8 @@ def number_text(results: dict, key: str) -> str:
 
 
 def in_order(results: dict[str, dict]) -> list[tuple[str, str, dict]]:
-    """The results by "<network>" or "<network>/<score>" as rows (network, score or "", results), in
-    the order of `NETWORKS`."""
+    """The results by "<network>" or "<network>/<score>" as rows (network, score or "",
+    results), in the order of `NETWORKS`."""
 
     def sort_key(row: tuple[str, str, dict]) -> int:
         network = row[0]
@@ -2443,8 +2460,8 @@ def table_section(
     results: dict[str, dict],
     columns: Sequence[str],
 ) -> Section:
-    """A section with a table: the named `COLUMNS`, one row per network or score of `results`. Where
-    the rows are scores, they are grouped by network."""
+    """A section with a table: the named `COLUMNS`, one row per network or score of
+    `results`. Where the rows are scores, they are grouped by network."""
     headings = [""]
     for column in columns:
         headings.append(COLUMNS[column].heading)
@@ -2468,8 +2485,9 @@ def best_cells(
     groups: list[str],
     values: list[list[float | None]],
 ) -> frozenset[tuple[int, int]]:
-    """The cells of a table that show the best number of their column in their group, where it has
-    several. values: the number of each cell but the label's; None where it is unknown."""
+    """The cells of a table that show the best number of their column in their group,
+    where it has several. values: the number of each cell but the label's; None where it
+    is unknown."""
     best = set()
     for column, key in enumerate(columns):
         heading = COLUMNS[key].heading
@@ -2551,8 +2569,8 @@ class ComparedTask(NamedTuple):
 
 
 def comparison_section(comparison: dict) -> Section:
-    """Which scores are worth more than the best free one: one row per score, one column per task
-    and figure. comparison: that part of metrics.json."""
+    """Which scores are worth more than the best free one: one row per score, one column
+    per task and figure. comparison: that part of metrics.json."""
     explanation = (
         "Compared with the best score that the student’s softmax gives for nothing, chosen on "
         "these very images. yes: better, the 95 % interval of the gain lies above 0 (paired "
@@ -2698,12 +2716,14 @@ def results_table(results: dict) -> str:
 
 # -------------------------------------------------------------------- report: pictures and the page
 
-# The selectors know the tables by their shape: `td:only-of-type` and `th:nth-child(2):last-child`
-# are the second column of a table with two, which is the protocol's; its text may wrap.
+# The selectors know the tables by their shape: `td:only-of-type` and
+# `th:nth-child(2):last-child` are the second column of a table with two, which is the
+# protocol's; its text may wrap.
 #
-# What is wider than the screen scrolls inside `.scroll`. At an edge behind which there is more, a
-# shadow shows: it is fixed to the box, and a patch of the page's colour that is fixed to the
-# content covers it at the very end. Panels would hide it, so they have a line of text instead.
+# What is wider than the screen scrolls inside `.scroll`. At an edge behind which there
+# is more, a shadow shows: it is fixed to the box, and a patch of the page's colour that
+# is fixed to the content covers it at the very end. Panels would hide it, so they have
+# a line of text instead.
 STYLE = """
 :root{color-scheme:light dark}
 body{max-width:1000px;margin:auto;padding:24px 16px;font:15px/1.5 system-ui,sans-serif}
@@ -2820,9 +2840,9 @@ CURVES = {  # by the key in metrics.json
     ),
 }
 
-# The charts draw these scores only, so that they can be read; the tables list every score. To draw
-# another one, name it here with an index into DASHES. "" is for the curves that belong to a network
-# and not to a score.
+# The charts draw these scores only, so that they can be read; the tables list every
+# score. To draw another one, name it here with an index into DASHES. "" is for the
+# curves that belong to a network and not to a score.
 DRAWN_SCORES = {"": 0, "dudes": 0, "std": 0, "entropy": 1, ERROR: 2}
 
 
@@ -2850,9 +2870,10 @@ def curve_chart(kind: str, results: dict[str, dict]) -> Chart | None:
 
 
 def curve_points(curve: Curve, values) -> tuple[np.ndarray, np.ndarray]:
-    """x and y in %. A rejection curve is a bare list with one value per tenth of the pixels that is
-    ignored; the others are {"<x>": list, "<y>": list}. Of precision and recall the points below
-    `LOWEST_RECALL` are left out: there the precision jumps between 0 and 1."""
+    """x and y in %. A rejection curve is a bare list with one value per tenth of the
+    pixels that is ignored; the others are {"<x>": list, "<y>": list}. Of precision and
+    recall the points below `LOWEST_RECALL` are left out: there the precision jumps
+    between 0 and 1."""
     if curve.points is None:
         xs = np.arange(10) / 10
         ys = values
@@ -2871,8 +2892,9 @@ def curve_points(curve: Curve, values) -> tuple[np.ndarray, np.ndarray]:
 
 
 def first_with_fewer_classes(classes: list[int]) -> int | None:
-    """The index of the first point of a rejection curve whose mIoU is of fewer classes than that of
-    all pixels; None where there is none. classes: how many classes are in each point."""
+    """The index of the first point of a rejection curve whose mIoU is of fewer classes
+    than that of all pixels; None where there is none. classes: how many classes are in
+    each point."""
     for number, count in enumerate(classes):
         if count < classes[0]:
             return number
@@ -2890,8 +2912,8 @@ def curves_html(kinds: Sequence[str], results: dict[str, dict]) -> str:
 
 
 def density_html(fidelity: dict) -> str:
-    """HTML of the joint histogram of both uncertainties, a picture inside a chart. Its axes end
-    where all but 0.1 % of the pixels lie below."""
+    """HTML of the joint histogram of both uncertainties, a picture inside a chart. Its
+    axes end where all but 0.1 % of the pixels lie below."""
     counts = np.array(fidelity["density"], dtype=float)  # [student's, teacher's], from 0 up
     bin_width = fidelity["density_max"] / len(counts)
     rows = bins_of_most(counts.sum(axis=1))
@@ -3004,8 +3026,8 @@ def figure_html(picture: str, caption: str) -> str:
 
 
 def table_html(section: Section) -> str:
-    """The table of a section in a box that scrolls; "" where it has no rows. A network whose rows
-    are grouped has a row of its own above them."""
+    """The table of a section in a box that scrolls; "" where it has no rows. A network
+    whose rows are grouped has a row of its own above them."""
     if not section.rows:
         return ""
     text = "<tr><th>" + "<th>".join(html.escape(cell) for cell in section.headings)
@@ -3123,8 +3145,8 @@ def anomalies_sentence(results: dict) -> str:
 
 
 def training_logs(files: "NetworkFiles") -> dict[str, list[dict]]:
-    """The lines of the .jsonl beside each checkpoint, by its name; a network without one is left
-    out, and one that cannot be read is left out with a warning."""
+    """The lines of the .jsonl beside each checkpoint, by its name; a network without
+    one is left out, and one that cannot be read is left out with a warning."""
     checkpoints = []
     if files.student is not None:
         checkpoints.append(files.student)
@@ -3169,8 +3191,8 @@ def report(results: dict, pictures: Pictures) -> str:
 
 # --------------------------------------------------------------- what the three command lines share
 
-# A traceback (code 1) is a fault of the program; training leaves with 143 after SIGTERM and 129
-# after SIGHUP.
+# A traceback (code 1) is a fault of the program; training leaves with 143 after SIGTERM
+# and 129 after SIGHUP.
 EXIT_DONE = 0
 EXIT_REFUSED = 2  # with one line for what a user, a disk or a machine can cause
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
@@ -3178,8 +3200,8 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT
 # Exceptions whose text already names the value and the remedy.
 EXPLAINED = (UsageError, data.DataError, model.ModelError, metrics.MetricError)
 
-# What the system refuses for reasons that lie with the user, and what to do about each. An OSError
-# with any other number is a fault of the program.
+# What the system refuses for reasons that lie with the user, and what to do about each.
+# An OSError with any other number is a fault of the program.
 REMEDIES = {
     errno.ENOSPC: "free space on that disk, then run it again",
     errno.EDQUOT: "your share of that disk is used up: free some of it, then run it again",
@@ -3303,9 +3325,10 @@ def run_main(main: Callable, parser: argparse.ArgumentParser, argv: list[str] | 
 def exit_code_of(function: Callable, *arguments) -> int:
     """Call `function(*arguments)` and return the exit code of the program.
 
-    0 when it is done; 2 after one line "error: ..." for anything that a user, a disk or a machine
-    can cause; 130 after Ctrl-C. Every other exception is a fault of the program and passes through,
-    SystemExit too. Where nobody reads the output any more, as after `| head -1`, the work goes on.
+    0 when it is done; 2 after one line "error: ..." for anything that a user, a disk or
+    a machine can cause; 130 after Ctrl-C. Every other exception is a fault of the
+    program and passes through, SystemExit too. Where nobody reads the output any more,
+    as after `| head -1`, the work goes on.
     """
     try:
         with lasting_output():
@@ -3326,11 +3349,12 @@ def exit_code_of(function: Callable, *arguments) -> int:
 
 
 def reopen_closed_streams() -> None:
-    """Give the standard streams that a shell closed (`2>&-`) a place: /dev/null or, for stderr, the
-    standard output, so that an error is seen.
+    """Give the standard streams that a shell closed (`2>&-`) a place: /dev/null or, for
+    stderr, the standard output, so that an error is seen.
 
-    Python has None for them, which cannot be written to. And the next file that is opened, perhaps
-    a checkpoint, would take the number 2, to which libraries write their messages.
+    Python has None for them, which cannot be written to. And the next file that is
+    opened, perhaps a checkpoint, would take the number 2, to which libraries write
+    their messages.
     """
     if sys.stdin is None:
         sys.stdin = open(os.devnull)  # the lowest number that is free, so 0
@@ -3345,8 +3369,9 @@ def reopen_closed_streams() -> None:
 class LastingOutput:
     """stdout or stderr of a program whose work counts more than its words.
 
-    Once nobody can read them (`| head -1` has ended, a terminal is closed), they go nowhere, and
-    `note`, if there is one, to stderr. Everything else is as `stream` has it.
+    Once nobody can read them (`| head -1` has ended, a terminal is closed), they go
+    nowhere, and `note`, if there is one, to stderr. Everything else is as `stream` has
+    it.
     """
 
     def __init__(self, stream: TextIO, note: str = ""):
@@ -3383,8 +3408,8 @@ class LastingOutput:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Inside the `with`, no print fails because nobody reads it, or at a name of a file that the
-    terminal's encoding lacks."""
+    """Inside the `with`, no print fails because nobody reads it, or at a name of a file
+    that the terminal's encoding lacks."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it
     note = ""
@@ -3412,8 +3437,9 @@ def print_to_stderr(text: str) -> None:
 def drop_unread_output() -> None:
     """Redirect stdout and stderr to /dev/null if they can no longer be written.
 
-    The interpreter flushes both once more when it ends. A closed pipe (or a full disk) would then
-    make it print "Exception ignored in ... BrokenPipeError" and change the exit code to 120.
+    The interpreter flushes both once more when it ends. A closed pipe (or a full disk)
+    would then make it print "Exception ignored in ... BrokenPipeError" and change the
+    exit code to 120.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -3480,8 +3506,9 @@ def explain_refusal(error: OSError) -> str | None:
 def message_of(error: Exception) -> str:
     """The text of an exception, also of one that was raised in a DataLoader worker.
 
-    The latter arrives as "Caught DataError in DataLoader worker process 0." with the worker's
-    traceback below it, whose last line is "data.DataError: " and the original text.
+    The latter arrives as "Caught DataError in DataLoader worker process 0." with the
+    worker's traceback below it, whose last line is "data.DataError: " and the original
+    text.
     """
     text = str(error)
     if not text.startswith("Caught "):
@@ -3500,8 +3527,8 @@ def one_line(text: str) -> str:
 class LiveLine:
     """A line on stderr that is overwritten again and again; nothing if stderr is no terminal.
 
-    Ask `is_due` before composing the text: the line changes at most every half second. silent:
-    show nothing at all, as in every process of a group but the first.
+    Ask `is_due` before composing the text: the line changes at most every half second.
+    silent: show nothing at all, as in every process of a group but the first.
     """
 
     PAUSE = 0.5  # seconds
@@ -3559,8 +3586,8 @@ def print_settings(groups: dict[str, dict[str, Any]]) -> None:
 def settings_table(groups: dict[str, dict[str, Any]], columns: int) -> str:
     """What a command works with: of each group its values with their names, in wrapped rows.
 
-    None, False and empty lists are left out. What is wider than a row has one of its own, and goes
-    over its end.
+    None, False and empty lists are left out. What is wider than a row has one of its
+    own, and goes over its end.
     """
     indent = 2 + max(len(group) for group in groups)
     rows = []
@@ -3592,8 +3619,8 @@ def setting_text(name: str, value: Any) -> str:
 
 
 class ImageProgress:
-    """A live line inside a `with`, for a pass over images: how many are done, the rate, and the
-    time left. Where stderr is no terminal but a log, a line a minute."""
+    """A live line inside a `with`, for a pass over images: how many are done, the rate,
+    and the time left. Where stderr is no terminal but a log, a line a minute."""
 
     LOG_PAUSE = 60.0  # seconds between two lines of a log
 
@@ -3663,8 +3690,9 @@ def find_networks(student: Path | None, teacher: list[str] | None, mc_samples: i
 
 
 def open_networks(files: NetworkFiles, device: torch.device) -> tuple[Networks, dict]:
-    """The networks on the device, and the checkpoint that the defaults are taken from: the
-    student's or, without one, the teacher's first. Raises UsageError where they do not fit."""
+    """The networks on the device, and the checkpoint that the defaults are taken from:
+    the student's or, without one, the teacher's first. Raises UsageError where they do
+    not fit."""
     student = None
     teacher = None
     checkpoint = None
@@ -3869,8 +3897,8 @@ def shown_settings(settings: Settings, files: NetworkFiles, out: Path) -> dict[s
 
 
 def open_ood_sets(specs: list[str], dataset: data.SegmentationDataset) -> list[data.OODSet]:
-    """The OOD sets that --ood names; UsageError where two of them would share a name, or the file
-    of a panel."""
+    """The OOD sets that --ood names; UsageError where two of them would share a name,
+    or the file of a panel."""
     ood_sets = [data.open_ood(spec, dataset) for spec in specs]
     for name, count in Counter(ood.name for ood in ood_sets).items():
         if count > 1:
@@ -3891,8 +3919,8 @@ def subfolder(folder: Path | None, name: str) -> Path | None:
 
 
 def without_nan(value: Any) -> Any:
-    """A copy of a value for JSON, which knows neither NaN nor infinity: both become None, also
-    inside dictionaries and lists."""
+    """A copy of a value for JSON, which knows neither NaN nor infinity: both become
+    None, also inside dictionaries and lists."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -3903,8 +3931,8 @@ def without_nan(value: Any) -> Any:
 
 
 def write_results(path: Path, protocol: dict, results: dict, steps_left: list[str]) -> None:
-    """Write metrics.json. Its protocol names the steps that are still to come, if there are any:
-    where one of them fails, that is what the file lacks."""
+    """Write metrics.json. Its protocol names the steps that are still to come, if there
+    are any: where one of them fails, that is what the file lacks."""
     if steps_left:
         protocol = protocol | {"unfinished": ", ".join(steps_left)}
     content = without_nan({"protocol": protocol} | results)

@@ -26,8 +26,9 @@ Outline
     12. fidelity                      Fidelity (of the student to the teacher)
     13. comparison                    PairedBootstrap (is one score better than another?)
 
-Every metric keeps these promises; tests/test_metrics_are_exact.py proves them (for components,
-tests/test_anomalies.py; for operating points, tests/test_predict_and_thresholds.py):
+Every metric keeps these promises; tests/test_metrics_are_exact.py proves them (for
+components, tests/test_anomalies.py; for operating points,
+tests/test_predict_and_thresholds.py):
 
 - It is pooled over all pixels of the split: the figures do not depend on the size or on
   the order of the batches. Nothing is averaged over images or subsampled.
@@ -58,11 +59,11 @@ from torch import Tensor
 # ---------------------------------------------------------------------------- scores of one network
 #
 # In shapes, B is the number of images and C of classes; "..." stands for the height and
-# the width, or for nothing. All scores are computed in float32 (float64 stays), also from
-# bf16 or fp16 logits.
+# the width, or for nothing. All scores are computed in float32 (float64 stays), also
+# from bf16 or fp16 logits.
 #
-# Here and below, operations in place (`exp_`, `add_`) work on temporaries that nobody else
-# holds. They save a map of the size of a batch each, and change no result.
+# Here and below, operations in place (`exp_`, `add_`) work on temporaries that nobody
+# else holds. They save a map of the size of a batch each, and change no result.
 
 TINY = torch.finfo(torch.float32).tiny  # 1.2e-38: the smallest number whose log is taken
 
@@ -105,9 +106,9 @@ def energy(logits: Tensor) -> Tensor:
     return -(largest + total.log_())
 
 
-# The scores that any single network has without training for them. To add a score, add an
-# entry: a function of the logits and the probs [B, C, H, W] of one network that returns the
-# score [B, H, W].
+# The scores that any single network has without training for them. To add a score, add
+# an entry: a function of the logits and the probs [B, C, H, W] of one network that
+# returns the score [B, H, W].
 FREE_SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "entropy": lambda logits, probs: predictive_entropy(probs),
     "msp": lambda logits, probs: max_softmax(probs),
@@ -215,8 +216,9 @@ MEASURES: dict[str, Measure] = {
 }
 
 
-# What a student can learn beside its teacher's measures: the probability that its own class is
-# wrong, in 0..1. No teacher can be asked for it, so it is no entry of `MEASURES`.
+# What a student can learn beside its teacher's measures: the probability that its own
+# class is wrong, in 0..1. No teacher can be asked for it, so it is no entry of
+# `MEASURES`.
 ERROR = "error"
 
 
@@ -360,9 +362,9 @@ class Accumulator:
 def _flat_classes(labels: Tensor, num_classes: int, valid: Tensor | None = None) -> Tensor:
     """Integers of any shape as flat uint8 [N] in which all that is void is num_classes.
 
-    Void is what lies outside 0..num_classes-1, and what is not valid. Void pixels thus get
-    a separate row in a histogram. To leave them out instead, one would have to know how
-    many are left, and wait for the GPU to say so.
+    Void is what lies outside 0..num_classes-1, and what is not valid. Void pixels thus
+    get a separate row in a histogram. To leave them out instead, one would have to know
+    how many are left, and wait for the GPU to say so.
     """
     if labels.is_floating_point() or num_classes > 254:
         raise ValueError(f"need integer labels, at most 254 classes: {labels.dtype}, {num_classes}")
@@ -427,9 +429,10 @@ class ConfusionMatrix(Accumulator):
         pixel accuracy      = sum_c n_cc / sum_ij n_ij
         mean class accuracy = mean of n_cc / sum_j n_cj      over classes with a label
 
-    NaN: IoU_c of a class that is neither labelled nor predicted; the others without pixels.
-    Tested by test_confusion_by_hand, test_confusion_all_right_all_wrong_one_class,
-    test_void_labels_of_any_integer_type, test_predictions_that_are_no_class_raise.
+    NaN: IoU_c of a class that is neither labelled nor predicted; the others without
+    pixels. Tested by test_confusion_by_hand,
+    test_confusion_all_right_all_wrong_one_class, test_void_labels_of_any_integer_type,
+    test_predictions_that_are_no_class_raise.
     """
 
     def __init__(self, num_classes: int, device: Device = None):
@@ -486,10 +489,9 @@ class ProperScores(Accumulator):
         NLL   = mean over pixels of -log p_y                          in nats, 0..87.3
         Brier = mean over pixels of sum_c (p_c - 1[c = y])^2          0..2
 
-    A single p_y that underflows must not make the mean infinite: p_y counts as 1.2e-38 at
-    least. Both are pooled over all labelled pixels.
-    NaN: both, without any labelled pixel.
-    Tested by test_proper_scores_equal_brute_force, test_proper_scores_by_hand.
+    A single p_y that underflows must not make the mean infinite: p_y counts as 1.2e-38
+    at least. Both are pooled over all labelled pixels. NaN: both, without any labelled
+    pixel. Tested by test_proper_scores_equal_brute_force, test_proper_scores_by_hand.
     """
 
     def __init__(self, device: Device = None):
@@ -535,9 +537,9 @@ class CalibrationError(Accumulator):
         ECE = sum_b n_b/N |accuracy_b - confidence_b|
         MCE = max_b       |accuracy_b - confidence_b|       over the bins that are not empty
 
-    where accuracy_b is the bin's share of correct pixels, confidence_b its mean confidence.
-    NaN: both, without any labelled pixel; accuracy_b and confidence_b of an empty bin.
-    Tested by test_calibration_equals_brute_force, test_calibration_by_hand.
+    where accuracy_b is the bin's share of correct pixels, confidence_b its mean
+    confidence. NaN: both, without any labelled pixel; accuracy_b and confidence_b of an
+    empty bin. Tested by test_calibration_equals_brute_force, test_calibration_by_hand.
     """
 
     def __init__(self, bins: int = 15, device: Device = None):
@@ -561,7 +563,8 @@ class CalibrationError(Accumulator):
     def _add_to_bins(self, confidence: Tensor, correct: Tensor, valid: Tensor) -> None:
         """Count pixels: confidence in 0..1, correct and valid bool, all [N]."""
         # Bin b is (b/bins, (b+1)/bins], hence the ceiling. The clamp keeps confidences
-        # outside of 0..1, and NaN, in the table; void pixels go to a bin after the last.
+        # outside of 0..1, and NaN, in the table; void pixels go to a bin after the
+        # last.
         bin_index = (confidence * self.bins).ceil_().int().sub_(1).clamp_(0, self.bins - 1)
         bin_index = torch.where(valid, bin_index, self.bins)
         bin_of_correct = torch.where(correct & valid, bin_index, self.bins)
@@ -600,9 +603,9 @@ class CalibrationError(Accumulator):
 class ErrorCalibration(CalibrationError):
     """How far a predicted probability of error is from the share of errors; 0..1, lower is better.
 
-    It is `CalibrationError` of another forecast: q, the probability that the predicted class is
-    wrong. Pixels are sorted into equal bins (b/bins, (b+1)/bins] by q, where 0 is in the
-    first one; of n_b pixels in a bin, of N in all,
+    It is `CalibrationError` of another forecast: q, the probability that the predicted
+    class is wrong. Pixels are sorted into equal bins (b/bins, (b+1)/bins] by q, where 0
+    is in the first one; of n_b pixels in a bin, of N in all,
 
         ECE = sum_b n_b/N |share of wrong pixels_b - mean q_b|
         MCE = max_b       |share of wrong pixels_b - mean q_b|     over the bins that are not empty
@@ -670,8 +673,8 @@ class _ScoreHistogram(Accumulator):
     def _score_counts(self) -> ScoreCounts:
         """The scores that occur, and the pixels at each.
 
-        Without any pixel there is one score, NaN, at 0 pixels: then all that is computed
-        from it is NaN. Raises MetricError where scores were NaN.
+        Without any pixel there is one score, NaN, at 0 pixels: then all that is
+        computed from it is NaN. Raises MetricError where scores were NaN.
         """
         counts = self._numpy("histogram")[:2]  # [2, BUCKETS], without void
         pixels = counts.sum(0)
@@ -693,19 +696,18 @@ class Detection(_ScoreHistogram):
         TPR = recall = TP / P        FPR = FP / N        precision = TP / (TP + FP)
 
     The thresholds k = 1, 2, ... are the distinct scores, from the highest to the
-    lowest: scores that are equal after rounding cannot be told apart. From FPR_0 = 0 and
-    TPR_0 = 0 on,
+    lowest: scores that are equal after rounding cannot be told apart. From FPR_0 = 0
+    and TPR_0 = 0 on,
 
         AUROC = sum_k (FPR_k - FPR_{k-1}) (TPR_k + TPR_{k-1}) / 2        ties count half
         AP    = sum_k (TPR_k - TPR_{k-1}) precision_k
         FPR95 = FPR at the first threshold with TPR >= 0.95
 
-    All lie in 0..1; AUROC and AP are better when higher, FPR95 when lower.
-    evaluate.py calls `update` for anomalies alone. For errors it takes the `Detection` that
+    All lie in 0..1; AUROC and AP are better when higher, FPR95 when lower. evaluate.py
+    calls `update` for anomalies alone. For errors it takes the `Detection` that
     `RejectionCurve.error_metrics` makes of its counts, so the AUROC of errors in
-    metrics.json never passes `update`.
-    NaN: all three, where there is no positive or no negative.
-    Tested by test_detection_equals_brute_force_on_rounded_scores,
+    metrics.json never passes `update`. NaN: all three, where there is no positive or no
+    negative. Tested by test_detection_equals_brute_force_on_rounded_scores,
     test_detection_equals_scikit_learn, test_detection_by_hand; the best F1 by
     test_best_f1_equals_brute_force.
     """
@@ -811,9 +813,9 @@ def thin_curve(x: np.ndarray, y: np.ndarray, points: int = 200) -> np.ndarray:
 class Components(NamedTuple):
     """The 8-connected components of a frame [H, W], as runs: pixels side by side in a row.
 
-    Components are numbered 0..n-1 in raster order, by their first pixel. The rows lie one after
-    the other in one line, with a gap of one pixel between them that no run covers. Runs are in
-    the order of that line.
+    Components are numbered 0..n-1 in raster order, by their first pixel. The rows lie
+    one after the other in one line, with a gap of one pixel between them that no run
+    covers. Runs are in the order of that line.
     """
 
     starts: np.ndarray  # int64 [R], where in the line each run begins
@@ -834,14 +836,14 @@ def connected_components(mask: np.ndarray) -> Components:
     starts = np.flatnonzero(change == 1)
     ends = np.flatnonzero(change == -1)
 
-    # Pairs of touching runs. Moved down by a row, and by a pixel longer on either side, a run
-    # overlaps those of the next row that it touches, diagonally too.
+    # Pairs of touching runs. Moved down by a row, and by a pixel longer on either side,
+    # a run overlaps those of the next row that it touches, diagonally too.
     upper, lower = _overlapping(starts + row_stride - 1, ends + row_stride + 1, starts, ends)
 
-    # Union. Every run points to a root, at first itself. Where a pair has two roots, the later
-    # one is made to point to the earlier one, and then all runs to the root of their root. In
-    # the end the root of a component is its first run. A round goes on with the pairs of roots
-    # that are still apart.
+    # Union. Every run points to a root, at first itself. Where a pair has two roots,
+    # the later one is made to point to the earlier one, and then all runs to the root
+    # of their root. In the end the root of a component is its first run. A round goes
+    # on with the pairs of roots that are still apart.
     root = np.arange(len(starts))
     while len(upper):
         earlier = np.minimum(upper, lower)
@@ -868,8 +870,8 @@ def _overlapping(
 ) -> tuple[np.ndarray, np.ndarray]:
     """All pairs of a run [start, end) and another run that share a pixel of the line.
 
-    Both lists are in the order of the line, and no two of the others overlap. Returns the
-    indices of the runs and of the others, a pair each, in the order of the runs.
+    Both lists are in the order of the line, and no two of the others overlap. Returns
+    the indices of the runs and of the others, a pair each, in the order of the runs.
     """
     first = np.searchsorted(other_ends, starts, side="right")  # the first that ends behind
     behind = np.searchsorted(other_starts, ends, side="left")  # the first that begins too late
@@ -897,8 +899,8 @@ def _without_small(components: Components, smallest: int) -> Components:
 def _shared_pixels(one: Components, other: Components) -> tuple[np.ndarray, ...]:
     """The pairs of components of one and the other frame that overlap.
 
-    Returns the number of the component in each, and how many pixels they share: int64, a pair
-    each, in the order of the numbers.
+    Returns the number of the component in each, and how many pixels they share: int64,
+    a pair each, in the order of the numbers.
     """
     run, other_run = _overlapping(one.starts, one.ends, other.starts, other.ends)
     start = np.maximum(one.starts[run], other.starts[other_run])
@@ -925,11 +927,11 @@ class ComponentDetection(Accumulator):
 
     All are 0..1, higher is better; the figures are the mean sIoU over the true
     components, the mean PPV over the predicted ones, and the mean F1 over tau.
-    Predicted components of fewer than `smallest_predicted` pixels are dropped, true ones of
-    fewer than `smallest_true` become void. The benchmark has 500 and 100 for anomalies, 50
-    and 10 for obstacles on the road.
-    NaN: sIoU without a true component, PPV without a predicted one, F1 without either.
-    Tested by test_component_metrics_equal_brute_force, test_component_metrics_by_hand,
+    Predicted components of fewer than `smallest_predicted` pixels are dropped, true
+    ones of fewer than `smallest_true` become void. The benchmark has 500 and 100 for
+    anomalies, 50 and 10 for obstacles on the road. NaN: sIoU without a true component,
+    PPV without a predicted one, F1 without either. Tested by
+    test_component_metrics_equal_brute_force, test_component_metrics_by_hand,
     test_no_component_is_nan.
     """
 
@@ -989,8 +991,8 @@ class ComponentDetection(Accumulator):
         predicted = _without_small(found, self.smallest_predicted)
         k, p, overlap = _shared_pixels(truth, predicted)  # a pair each, overlap = |k and p|
 
-        # True components that are too small become void, like the pixels that the mask leaves
-        # out. That a predicted one is large enough was said before.
+        # True components that are too small become void, like the pixels that the mask
+        # leaves out. That a predicted one is large enough was said before.
         counted = truth.sizes >= self.smallest_true  # [T]
         is_void = ~counted[k]
         columns = len(predicted.sizes)
@@ -1045,8 +1047,8 @@ class SelectivePrediction(_ScoreHistogram):
         AUSE   = E-AURC / r                                0 or more
 
     all three better when lower. The oracle ranks all errors last; what is subtracted is
-    its AURC for N to infinity, which is O(log N / N) below that for N. So AUSE is the area
-    between the risk of the score and that of the oracle, both divided by r.
+    its AURC for N to infinity, which is O(log N / N) below that for N. So AUSE is the
+    area between the risk of the score and that of the oracle, both divided by r.
 
     At a threshold, a pixel is certain where u <= threshold. Counting pixels that are
     accurate or inaccurate and certain or uncertain (n_ac, n_au, n_ic, n_iu; Mukhoti &
@@ -1061,12 +1063,11 @@ class SelectivePrediction(_ScoreHistogram):
 
     NaN: all without pixels; AUSE and p(uncertain | inaccurate) without errors;
     p(accurate | certain) where nothing is certain; what is at a threshold between
-    infinite scores.
-    Tested by test_selective_prediction_equals_brute_force,
+    infinite scores. Tested by test_selective_prediction_equals_brute_force,
     test_selective_prediction_by_hand,
     test_selective_prediction_all_right_all_wrong_all_tied,
-    test_ause_is_eaurc_over_error_rate, test_perfect_ranking_reaches_the_oracle; the operating
-    points by test_operating_points_equal_brute_force.
+    test_ause_is_eaurc_over_error_rate, test_perfect_ranking_reaches_the_oracle; the
+    operating points by test_operating_points_equal_brute_force.
     """
 
     REJECTED_SHARES = (0.05, 0.1, 0.2)  # of all pixels, the most that an operating point rejects
@@ -1076,10 +1077,9 @@ class SelectivePrediction(_ScoreHistogram):
         self._count(uncertainty, correct, valid)
 
     def compute(self) -> dict:
-        """Keys: aurc, eaurc, ause, error_rate (r);
-        median (of the uncertainty), p_accurate_certain, p_uncertain_inaccurate, pavpu (at it);
-        n (pixels);
-        sweep, with lists of 21: t, threshold, and the three measures at the threshold;
+        """Keys: aurc, eaurc, ause, error_rate (r); median (of the uncertainty),
+        p_accurate_certain, p_uncertain_inaccurate, pavpu (at it); n (pixels); sweep,
+        with lists of 21: t, threshold, and the three measures at the threshold;
         risk_coverage, for a plot, with lists of at most 200: coverage, risk.
         """
         counts = self._score_counts()
@@ -1096,15 +1096,16 @@ class SelectivePrediction(_ScoreHistogram):
     def operating_points(self) -> list[dict[str, float]]:
         """Thresholds that reject the 5, 10 and 20 % most uncertain pixels, and what that buys.
 
-        A pixel is rejected where its uncertainty, rounded to float16, is above the threshold. Of
-        the uncertainties that occur, the threshold is the lowest one above which lie at most
-        `reject` of all pixels. Equal float16 values lie on one side together, so that fewer may be
-        rejected than asked for, and none where more than `reject` share the highest value.
+        A pixel is rejected where its uncertainty, rounded to float16, is above the
+        threshold. Of the uncertainties that occur, the threshold is the lowest one
+        above which lie at most `reject` of all pixels. Equal float16 values lie on one
+        side together, so that fewer may be rejected than asked for, and none where more
+        than `reject` share the highest value.
 
         Keys: reject (asked for), rejected (the exact share of the pixels), threshold,
-        errors_caught (the share of all errors that are rejected), accuracy_kept (the share of the
-        kept pixels that are right). All but the threshold are 0..1.
-        NaN: all but `reject` without pixels, errors_caught without errors.
+        errors_caught (the share of all errors that are rejected), accuracy_kept (the
+        share of the kept pixels that are right). All but the threshold are 0..1. NaN:
+        all but `reject` without pixels, errors_caught without errors.
         """
         counts = self._score_counts()
         wrong = counts.flag_0[::-1]  # from the highest uncertainty down
@@ -1116,8 +1117,9 @@ class SelectivePrediction(_ScoreHistogram):
 
         points = []
         for reject in self.REJECTED_SHARES:
-            # The last of the ascending counts that is small enough; the first one, 0, always is.
-            # (The rounding of e.g. 0.05 * 60 must not cost a pixel, hence the hair more.)
+            # The last of the ascending counts that is small enough; the first one, 0,
+            # always is. (The rounding of e.g. 0.05 * 60 must not cost a pixel, hence
+            # the hair more.)
             largest = reject * pixels * (1 + 1e-12)
             lowest = np.searchsorted(pixels_above, largest, side="right") - 1
             rejected = pixels_above[lowest]
@@ -1317,8 +1319,8 @@ class RejectionCurve(Accumulator):
         n = int(pixels.sum())
         _check_no_nan(n - pixels[LOWEST_BUCKET : HIGHEST_BUCKET + 1].sum(), n)
 
-        # The limits: 100, 90, ..., 10 % of the pixels are kept. The buckets in which the
-        # limits lie, and which share of their pixels is kept.
+        # The limits: 100, 90, ..., 10 % of the pixels are kept. The buckets in which
+        # the limits lie, and which share of their pixels is kept.
         keep = n * np.arange(10, 0, -1) / 10  # [10], in pixels
         up_to = np.cumsum(pixels)
         below = up_to - pixels
@@ -1395,11 +1397,10 @@ class Fidelity(Accumulator):
 
     RMSE and RMSLE are 0 or more, lower is better; of the others higher is better. Ranks
     are those of the rows of a 1024 x 1024 joint histogram (see `_joint_row`): Spearman
-    is within 0.005 where the standard deviation of the scores is at least a third of their
-    mean. The others are exact.
-    NaN: all without pixels; the two correlations where s or t is constant.
-    Tested by test_fidelity_equals_brute_force, test_fidelity_by_hand,
-    test_pearson_survives_a_small_spread.
+    is within 0.005 where the standard deviation of the scores is at least a third of
+    their mean. The others are exact. NaN: all without pixels; the two correlations
+    where s or t is constant. Tested by test_fidelity_equals_brute_force,
+    test_fidelity_by_hand, test_pearson_survives_a_small_spread.
     """
 
     SIDE = 1024  # rows and columns of the joint histogram
@@ -1454,13 +1455,14 @@ class Fidelity(Accumulator):
         """The row of each score in the joint histogram: int32 0..1023, in the order of the scores.
 
         The rows are spaced like floating-point numbers, with 16 rows for each factor of
-        two from 2^-30 to 2^10. That is enough for the small scores of certain pixels, where
-        float16 has few steps. Negative scores have 8 rows for each factor of two, below the
-        row of zero.
+        two from 2^-30 to 2^10. That is enough for the small scores of certain pixels,
+        where float16 has few steps. Negative scores have 8 rows for each factor of two,
+        below the row of zero.
 
-        For example 0.75 = 1.5 * 2^-1: its exponent is stored as 127 - 1 = 126, its mantissa
-        0.5 begins with the bits 1000, so its number is 126 * 16 + 8 = 2024. Less the 1551
-        steps below 2^-30 that is step 473, and with 322 rows up to zero row 795.
+        For example 0.75 = 1.5 * 2^-1: its exponent is stored as 127 - 1 = 126, its
+        mantissa 0.5 begins with the bits 1000, so its number is 126 * 16 + 8 = 2024.
+        Less the 1551 steps below 2^-30 that is step 473, and with 322 rows up to zero
+        row 795.
         """
         bits = scores.float().view(torch.int32)
         # Without the sign: 8 bits of exponent and 23 of mantissa. The exponent and the
@@ -1525,24 +1527,25 @@ class Fidelity(Accumulator):
 class PairedBootstrap:
     """Is one score better than another, or does it depend on the images of the split?
 
-    All scores see the same pixels, of which some are positive (errors or anomalies). AUROC
-    and AURC are pooled over all pixels, as in `Detection` and `SelectivePrediction`. The
-    pixels of an image are alike, so it is images that are drawn anew. With n of them:
+    All scores see the same pixels, of which some are positive (errors or anomalies).
+    AUROC and AURC are pooled over all pixels, as in `Detection` and
+    `SelectivePrediction`. The pixels of an image are alike, so it is images that are
+    drawn anew. With n of them:
 
         draw r     n images with replacement; image i is in it m_ri times, sum_i m_ri = n
         A_r        the figure of score A over all pixels of the draw
         A_r - B_r  paired: scores A and B have the same draws
         interval   the 2.5 and the 97.5 percentile of A_r - B_r over the draws
 
-    This is the percentile bootstrap, with a fixed seed. It says what other images of the
-    same kind would change, but not what another training would. A draw without a positive
-    or without a negative has no figure and is left out.
+    This is the percentile bootstrap, with a fixed seed. It says what other images of
+    the same kind would change, but not what another training would. A draw without a
+    positive or without a negative has no figure and is left out.
 
     Every image is kept as a histogram of its pixels. The cells are groups of 16
     neighbouring float16 scores (`float16_bucket(score) >> CELL_BITS`), the same for all
-    images and scores: 64 of them to a factor of two. Within a cell scores count as equal,
-    which is less than 1.6 % apart. That shifts an AUROC or an AURC by less than 0.0005
-    (test_coarse_cells_cost_little; measured on the drawn scenes: 0.00003).
+    images and scores: 64 of them to a factor of two. Within a cell scores count as
+    equal, which is less than 1.6 % apart. That shifts an AUROC or an AURC by less than
+    0.0005 (test_coarse_cells_cost_little; measured on the drawn scenes: 0.00003).
 
     Memory: 10 bytes for each cell that occurs in an image, for each score; commonly
     10 kB an image, at most 40 kB. The draws of one score take 16 kB for each cell that

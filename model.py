@@ -6,7 +6,8 @@ The teacher is M independently trained networks. With the softmax taken after th
     u    = sqrt( 1/(M-1) sum_m (softmax(logits_m)(y) - p(y))^2 )
 
 is its mean prediction and its predictive uncertainty (Landgraf et al. 2024, doi
-10.1007/s41064-024-00280-4). The student predicts u in the pass that predicts the classes,
+10.1007/s41064-024-00280-4). The student predicts u in the pass that predicts the
+classes,
 by one of two heads: `PaperHead`, a 1x1 convolution and a sigmoid on the decoder's
 features, or `ConfidenceHead`, which adds to that what the student's own softmax says.
 
@@ -136,8 +137,8 @@ class DeepLabV3(nn.Module):
     def forward(self, images: Tensor, size: Size | None = None) -> Prediction:
         """Predictions for RGB images [B, 3, h, w], uint8 or float in [0, 1].
 
-        The predictions have `size` (H, W), by default that of the images. Raises ModelError, in
-        eval mode, where images that are not uint8 leave [0, 1].
+        The predictions have `size` (H, W), by default that of the images. Raises
+        ModelError, in eval mode, where images that are not uint8 leave [0, 1].
         """
         size = size or images.shape[-2:]
         if images.dtype == torch.uint8:
@@ -204,8 +205,9 @@ class HalvingMaxPool2d(nn.MaxPool2d):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C, (h + 1) // 2, (w + 1) // 2]."""
         if torch.compiler.is_exporting():
-            # The oldest supported torch exports strided pooling for odd sizes or for even ones,
-            # not for both. This is the same, and costs less than 1 % of a network's time.
+            # The oldest supported torch exports strided pooling for odd sizes or for
+            # even ones, not for both. This is the same, and costs less than 1 % of a
+            # network's time.
             return F.max_pool2d(x, kernel_size=3, stride=1, padding=1)[:, :, ::2, ::2]
         return super().forward(x)
 
@@ -283,15 +285,16 @@ HEADS = ("paper", "confidence", "confidence-1x1", "confidence-attached")
 def build_head(name: str, channels: int, num_measures: int) -> nn.Module:
     """The uncertainty head of that name, for features of so many channels.
 
-    A head takes the decoder's features [B, channels, h, w] and the logits [B, C, H, W], and
-    returns the uncertainties [B, T, H, W] in (0, 1). Raises ModelError at an unknown name.
+    A head takes the decoder's features [B, channels, h, w] and the logits [B, C, H, W],
+    and returns the uncertainties [B, T, H, W] in (0, 1). Raises ModelError at an
+    unknown name.
     """
     if name == "paper":
         return PaperHead(channels, num_measures)
     if name == "confidence":
         return ConfidenceHead(channels, num_measures)
-    # What "confidence" is compared with: one layer in place of three, and features that learn
-    # from the uncertainty too.
+    # What "confidence" is compared with: one layer in place of three, and features that
+    # learn from the uncertainty too.
     if name == "confidence-1x1":
         return ConfidenceHead(channels, num_measures, hidden_layers=0)
     if name == "confidence-attached":
@@ -305,8 +308,8 @@ class PaperHead(nn.Conv2d):
     u_t = sigmoid(up(a_t))
     """
 
-    # It starts where most standard deviations lie, at sigmoid(-3) = 0.05. With a bias of 0
-    # it would start at 0.5 and need epochs to come down.
+    # It starts where most standard deviations lie, at sigmoid(-3) = 0.05. With a bias
+    # of 0 it would start at 0.5 and need epochs to come down.
     START = -3.0
 
     def __init__(self, channels: int, num_measures: int):
@@ -325,15 +328,15 @@ class ConfidenceHead(nn.Module):
         u_t = sigmoid( up(a_t) + b_t1 z_1 + b_t2 z_2 )
         z_1 = log-odds of 1 - max softmax        z_2 = log-odds of entropy / log C
 
-    The features have 1/8 or 1/16 of the resolution: what is made of them alone cannot draw the
-    thin lines along borders where the members of an ensemble disagree. z can, because the softmax
-    is taken after the upsampling. a_t is a small stack of convolutions of the features, b_t
-    are two learned numbers a measure.
+    The features have 1/8 or 1/16 of the resolution: what is made of them alone cannot
+    draw the thin lines along borders where the members of an ensemble disagree. z can,
+    because the softmax is taken after the upsampling. a_t is a small stack of
+    convolutions of the features, b_t are two learned numbers a measure.
 
-    Neither z nor the features pass a gradient back: the head learns to judge the network and
-    does not change it, so the segmentation is what it would be without. hidden_layers: 3x3
-    convolutions before the last one of 1x1. detach_features: False lets the uncertainty's loss
-    reach the network through the features.
+    Neither z nor the features pass a gradient back: the head learns to judge the
+    network and does not change it, so the segmentation is what it would be without.
+    hidden_layers: 3x3 convolutions before the last one of 1x1. detach_features: False
+    lets the uncertainty's loss reach the network through the features.
     """
 
     WIDTH = 64  # channels of the hidden layers
@@ -373,9 +376,10 @@ class ConfidenceHead(nn.Module):
     @classmethod
     def log_odds(cls, logits: Tensor) -> Tensor:
         """z of float32 logits [B, C, H, W]: [B, 2, H, W]."""
-        # One class at a time: temporaries of the size of the logits took twice as long on a CPU.
-        # With l the largest logit of a pixel and s = sum_c exp(logit_c - l), the largest
-        # probability is 1 / s and the entropy log s - sum_c exp(logit_c - l) (logit_c - l) / s.
+        # One class at a time: temporaries of the size of the logits took twice as long
+        # on a CPU. With l the largest logit of a pixel and s = sum_c exp(logit_c - l),
+        # the largest probability is 1 / s and the entropy log s - sum_c exp(logit_c -
+        # l) (logit_c - l) / s.
         largest = logits.amax(dim=1)  # [B, H, W]
         total = torch.zeros_like(largest)
         weighted = torch.zeros_like(largest)
@@ -394,18 +398,18 @@ class ConfidenceHead(nn.Module):
 
 # What DistributedDataParallel, torch.compile and FSDP put into the names of parameters, anywhere.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module"}
-# What stands before them where a network is the attribute of another class. The last one is
-# torchvision's, in its mobilenets.
+# What stands before them where a network is the attribute of another class. The last
+# one is torchvision's, in its mobilenets.
 HOLDERS = {"model", "net", "network", "encoder", "features"}
 
 
 def load_weights(network: DeepLabV3, weights: str, backbone: str) -> str:
     """Initialise `network` from `weights`: "imagenet" (downloaded), "none", or a file.
 
-    A file may hold a classifier or a DeepLabv3 of torchvision, alone or in the checkpoint of a
-    training, or a checkpoint of this project. It has to fill the whole backbone (else
-    ModelError); of the rest, what fits by name and shape is taken. Returns a line that says how
-    much.
+    A file may hold a classifier or a DeepLabv3 of torchvision, alone or in the
+    checkpoint of a training, or a checkpoint of this project. It has to fill the whole
+    backbone (else ModelError); of the rest, what fits by name and shape is taken.
+    Returns a line that says how much.
     """
     if weights == "none":
         return "weights: random"
@@ -532,8 +536,8 @@ def predictive_statistics(
         shift = sum_m (p_m - p_0)        square = sum_m (p_m - p_0)^2
         mean  = p_0 + shift / M          variance = (square - shift^2 / M) / (M - 1)
 
-    add_member: the function of that name, or what torch.compile made of it, which pays where
-    all logits have one size. Raises ModelError if M < 2.
+    add_member: the function of that name, or what torch.compile made of it, which pays
+    where all logits have one size. Raises ModelError if M < 2.
     """
     count = 0
     for logits in member_logits:
@@ -620,8 +624,8 @@ class Ensemble(nn.Module):
     def compile_sums(self) -> None:
         """On a GPU, let the sums over the members be one compiled pass over their numbers.
 
-        Uncompiled, each operation reads and writes [B, C, H, W] numbers anew: three times the
-        traffic. On a CPU, `blocks_of_rows` keeps that in the cache.
+        Uncompiled, each operation reads and writes [B, C, H, W] numbers anew: three
+        times the traffic. On a CPU, `blocks_of_rows` keeps that in the cache.
         """
         if next(self.parameters()).is_cuda:
             self.add_member = torch.compile(add_member, dynamic=False)
@@ -657,8 +661,8 @@ UNREADABLE = (
     AttributeError,
 )
 
-# What a file system answers where it does not know what it is asked for, as network disks and
-# others that live outside of the kernel do.
+# What a file system answers where it does not know what it is asked for, as network
+# disks and others that live outside of the kernel do.
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
@@ -788,9 +792,10 @@ def build_model(checkpoint: dict, path: str | Path) -> DeepLabV3:
 def trained_size(checkpoint: dict) -> Size | None:
     """(H, W) of the images that a checkpoint's network was trained for.
 
-    That is what its configuration says under `image_size`: --image-size or, for a network that
-    was trained at its images' own sizes, the median of these. Older checkpoints leave the latter
-    open: of drawn scenes it is the crop, which is the whole scene, and of others None.
+    That is what its configuration says under `image_size`: --image-size or, for a
+    network that was trained at its images' own sizes, the median of these. Older
+    checkpoints leave the latter open: of drawn scenes it is the crop, which is the
+    whole scene, and of others None.
     """
     config = checkpoint["config"]
     size = config.get("image_size")
@@ -967,8 +972,9 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 def locked(path: Path) -> Iterator[None]:
     """For the one process at a time that may write `path`; a second one gets a UsageError.
 
-    A record lock ends with its process, however that ends, and forked workers do not inherit it.
-    Where the file system has no locks, a note says so, and nothing keeps a second process out.
+    A record lock ends with its process, however that ends, and forked workers do not
+    inherit it. Where the file system has no locks, a note says so, and nothing keeps a
+    second process out.
     """
     lock_path = path.with_suffix(".lock")
     file = open_locked(lock_path, path)
