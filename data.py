@@ -2173,15 +2173,16 @@ def worker_settings(workers: int, device: torch.device) -> dict:
         "pin_memory": device.type == "cuda",
         # Without a generator it draws from the global one, which dropout uses.
         "generator": torch.Generator(),
-        "worker_init_fn": leave_ctrl_c_to_parent,
+        "worker_init_fn": leave_signals_to_parent,
     }
 
 
-def leave_ctrl_c_to_parent(worker_id: int) -> None:
-    """Ignore SIGINT in a worker: one that dies of Ctrl-C breaks the loop that its
-    parent is about to end in order. But SIGTERM is how the parent ends it: were that
-    ignored, the parent would wait for ever."""
+def leave_signals_to_parent(worker_id: int) -> None:
+    """Ignore SIGINT and SIGHUP in a worker: one that dies of Ctrl-C, or with its
+    terminal, breaks the loop that its parent is about to end in order. But SIGTERM is
+    how the parent ends it: were that ignored, the parent would wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------- anomalies

@@ -27,6 +27,7 @@ import torchvision
 from conftest import small, weights
 from processes import ROOT, Forked, run_command, run_ranks, run_with_forks, torchrun
 
+import data
 import distill
 import evaluate
 import model
@@ -568,6 +569,25 @@ def test_a_closed_terminal_is_a_reason_to_save():
         os.kill(os.getpid(), signal.SIGHUP)
         assert caught == []
     assert signal.signal(signal.SIGHUP, old_handler) == signal.SIG_IGN
+
+
+class HangingUp(torch.utils.data.Dataset):
+    """Two numbers, while the first of which is loaded the terminal is closed."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        if index == 0:
+            os.kill(os.getpid(), signal.SIGHUP)
+        return index
+
+
+def test_a_closed_terminal_ends_no_process_that_loads():
+    """It gets the signal too; where it is no fork (Python 3.14), it died and nothing was saved."""
+    settings = data.worker_settings(1, torch.device("cpu"))
+    loader = torch.utils.data.DataLoader(HangingUp(), batch_size=None, **settings)
+    assert list(loader) == [0, 1]
 
 
 @pytest.mark.parametrize("words", [("--out", ""), ("--out=",), ("",)])
