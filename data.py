@@ -273,16 +273,19 @@ def check_mask_format(mask: Image.Image, path: Path) -> None:
 def read_image(path: Path) -> Image.Image:
     """An image file of any mode of whole numbers as RGB, upright as its EXIF tag says."""
     with open_with_pil("image", path) as image:
-        if image.mode == "F":
-            raise DataError(
-                f"the image {path} holds fractions, of which nobody says what is black and what "
-                "white; save it with 8 or 16 bits"
-            )
-        return to_rgb(image)
+        return to_rgb(image, f"the image {path}")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An opened image of any mode of whole numbers as RGB, upright as its EXIF tag says."""
+def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
+    """An opened image of any mode of whole numbers as RGB, upright as its EXIF tag says.
+
+    DataError at an image of fractions; `name` is what the message calls it.
+    """
+    if image.mode == "F":
+        raise DataError(
+            f"{name} holds fractions, of which nobody says what is black and what white; save it "
+            "with 8 or 16 bits"
+        )
     image = upright(image)
     if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
         grey = (np.asarray(image) >> 8).clip(0, 255)

@@ -187,6 +187,8 @@ def test_predict_takes_arrays_and_pictures_of_any_mode(student):
     for wrong in (pixels / 255, pixels[..., 0], pixels.transpose(2, 0, 1)):
         with pytest.raises(data.DataError, match=r"pass RGB as uint8 \[H, W, 3\]"):
             student.predict(wrong)
+    with pytest.raises(data.DataError, match="the image holds fractions"):
+        student.predict(Image.fromarray(pixels[..., 0] / np.float32(255)))  # white, at 1 of 255
 
 
 def test_predict_equals_the_command(home, student, command, tmp_path):
