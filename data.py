@@ -145,7 +145,7 @@ def walk_files(folder: Path, above: tuple[str, ...] = ()) -> list[Path]:
     return files
 
 
-def file_stem(name: str) -> str:
+def shortened(name: str) -> str:
     """`name` as the beginning of a file's name: a long one is cut, and gets digits of its own."""
     if len(os.fsencode(name)) <= LONGEST_NAME:
         return name
@@ -894,7 +894,7 @@ def names_below(folder: Path, files: Sequence[Path]) -> list[str]:
     names = []
     file_of_name = {}
     for path in files:
-        name = file_stem("_".join(path.relative_to(folder).with_suffix("").parts))
+        name = shortened("_".join(path.relative_to(folder).with_suffix("").parts))
         other = file_of_name.setdefault(name, path)
         if other != path:
             raise DataError(
@@ -907,7 +907,7 @@ def names_below(folder: Path, files: Sequence[Path]) -> list[str]:
 def short_names(files: Sequence[Path]) -> list[str]:
     """The stems of the files where all of these differ, else their paths below the
     folder that they share, as `names_below` makes them."""
-    stems = [file_stem(path.stem) for path in files]
+    stems = [shortened(path.stem) for path in files]
     if len(set(stems)) == len(set(files)):
         return stems
     absolute = [Path(os.path.abspath(path)) for path in files]
@@ -1212,7 +1212,7 @@ class SegmentationDataset(Dataset):
         """Whether all masks of the split have the same size, and so all inputs of the network."""
         if not self.mask_sizes:
             self.check_headers()
-        return len(set(self.mask_sizes)) <= 1  # drawn scenes have one size and no files
+        return len(set(self.mask_sizes)) == 1
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
         """Sample `index` at native size: the RGB image and the mask's raw values."""

@@ -1357,7 +1357,7 @@ def map_names(files: list[Path]) -> dict[Path, Path]:
         short = path.with_suffix("")
         has_suffix = path.suffix.lower() in known_suffixes
         name = short if has_suffix and taken[short] == 1 else path
-        names[path] = name.parent / data.file_stem(name.name)
+        names[path] = name.parent / data.shortened(name.name)
     return names
 
 
@@ -1824,7 +1824,7 @@ def draw_panels(
         photo = photo_of(image, labels)
         sheet = draw_panel(photo, labels.numpy(), rows, networks, anomalies, free)
         image_name = dataset.names[index]
-        file_name = data.file_stem(f"{title.replace(' ', '_')}_{image_name}")
+        file_name = data.shortened(f"{title.replace(' ', '_')}_{image_name}")
         path = folder / f"{file_name}.png"
         sheet.save(path, pnginfo=panel_mark)
         panels.append((f"{title}: {image_name}", path))
