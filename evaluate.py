@@ -1370,17 +1370,25 @@ def predict_maps(
 ) -> Maps:
     """Classes and scores of an image of any size, by the student or, without one, the teacher.
 
-    A large image is predicted in tiles that overlap; where image_size reduces the image
-    anyway, a smaller map is predicted and enlarged instead.
+    Of a large image that image_size makes small, a small map is predicted and enlarged.
+    One that stays large is predicted in tiles that overlap.
     """
     if networks.student is not None:
         networks = networks._replace(teacher=None)
     size = (image.height, image.width)
-    if image.height * image.width <= LARGE_IMAGE:
+    if math.prod(size) <= LARGE_IMAGE:
         return maps_at(networks, image, size, image_size, inference, score_names)
-    if image_size:
-        return enlarged_maps(networks, image, image_size, inference, score_names)
-    return tiled_maps(networks, image, inference, score_names)
+    input_size = data.proportional_size(image, image_size)
+    if math.prod(input_size) > LARGE_IMAGE:
+        height, width = input_size
+        network_input = image.resize((width, height), Image.Resampling.BILINEAR)
+        maps = tiled_maps(networks, network_input, inference, score_names)
+    else:
+        # More than `LARGE_IMAGE` pixels would not show more than the network saw.
+        factor = math.sqrt(LARGE_IMAGE / math.prod(size))
+        map_size = (max(1, int(factor * image.height)), max(1, int(factor * image.width)))
+        maps = maps_at(networks, image, map_size, image_size, inference, score_names)
+    return resized_maps(maps, size)
 
 
 def maps_at(
@@ -1400,22 +1408,16 @@ def maps_at(
     return Maps(classes.cpu().numpy(), scores)
 
 
-def enlarged_maps(
-    networks: Networks,
-    image: Image.Image,
-    image_size: tuple[int, int],
-    inference: InferenceSettings,
-    score_names: Sequence[str],
-) -> Maps:
-    """The maps of a large image, predicted at `LARGE_IMAGE` pixels and enlarged to its size."""
-    factor = math.sqrt(LARGE_IMAGE / (image.height * image.width))
-    size = (max(1, int(factor * image.height)), max(1, int(factor * image.width)))
-    small = maps_at(networks, image, size, image_size, inference, score_names)
-    classes = Image.fromarray(small.classes).resize(image.size, Image.Resampling.NEAREST)
+def resized_maps(maps: Maps, size: tuple[int, int]) -> Maps:
+    """The same maps at `size` (H, W)."""
+    if maps.classes.shape == size:
+        return maps
+    height, width = size
+    classes = Image.fromarray(maps.classes).resize((width, height), Image.Resampling.NEAREST)
     scores = {}
-    for name, values in small.scores.items():
-        enlarged = Image.fromarray(values).resize(image.size, Image.Resampling.BILINEAR)
-        scores[name] = np.asarray(enlarged)
+    for name, values in maps.scores.items():
+        resized = Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR)
+        scores[name] = np.asarray(resized)
     return Maps(np.asarray(classes), scores)
 
 

@@ -500,6 +500,19 @@ def test_large_images_are_predicted_in_tiles(monkeypatch):
     labels, values = maps((8, 12))
     assert labels.shape == values["energy"].shape == (45, 67) and labels.dtype == np.uint8
     assert values["dudes"].max() <= 1
+    # a network of large images sees a larger one at its size, and in tiles too
+    largest_input = []
+
+    def pointwise_and_noted(networks, pixels, size, amp):
+        largest_input.append(pixels[0, 0].numel())
+        return pointwise(networks, pixels, size, amp)
+
+    monkeypatch.setattr(evaluate, "predict", pointwise_and_noted)
+    monkeypatch.setattr(evaluate, "TILE", 20)
+    monkeypatch.setattr(evaluate, "CONTEXT", 2)
+    labels, values = maps((40, 60))
+    assert labels.shape == values["energy"].shape == (45, 67)
+    assert max(largest_input) == 22 * 24 and len(largest_input) == 2 * 3
 
 
 @pytest.mark.parametrize("low, high, offset, scale", [(0.1, 0.5, 0, 0.5), (-4, -2, -4, 2)]
