@@ -19,7 +19,7 @@ Outline, one section per line:
     measure: worth more than free?        compare_with_free: distilled scores and free ones
     measure: time and memory              benchmark
     predict: maps of one's own images     predict_files, in tiles where an image is large
-    export: a network leaves home         export_network: .pt2 and .onnx
+    export: a network for other programs  export_network: .pt2 and .onnx
     pictures                              colours, panels, what is rejected
     charts                                line_chart, confusion_chart, chart_sheet: SVG by hand
     report: tables                        what the terminal and the page both show
@@ -958,10 +958,10 @@ def compare_with_free(bootstrap: metrics.PairedBootstrap, figures: Sequence[str]
     which favours it over the others. scores: all that the student learned and, as
     "teacher/<measure>", what a perfect copy of the teacher would reach when it is asked
     for the student's errors or for the anomalies. gain: how much better than the best
-    free score, above 0 is better for both figures;
-    low, high: its 95 % interval. worth_more: `verdict` of the interval. All are figures
-    of `metrics.PairedBootstrap`, whose cells are coarse: a value may differ from the
-    same figure elsewhere in metrics.json by a few units of its fifth digit.
+    free score, above 0 is better for both figures; low, high: its 95 % interval.
+    worth_more: `verdict` of the interval. All are figures of `metrics.PairedBootstrap`,
+    whose cells are coarse: a value may differ from the same figure elsewhere in
+    metrics.json by a few units of its fifth digit.
     """
     results = {}
     if not bootstrap.images:
@@ -1539,7 +1539,7 @@ def with_scale_bar(pixels: np.ndarray, scale: MapScale, score: str) -> Image.Ima
     return sheet
 
 
-# ----------------------------------------------------------------- export: a network leaves home
+# ------------------------------------------------------------- export: a network for other programs
 
 EXPORT_SUFFIXES = (".pt2", ".onnx")
 METADATA = "metadata.json"  # the name of the metadata in a .pt2 file, and of ONNX's property
@@ -1658,10 +1658,11 @@ def find_thresholds(results_file: Path, identity: str) -> dict:
     try:
         results = json.loads(results_file.read_text(encoding="utf-8"))
         protocol = results["protocol"]
-        if protocol["student_identity"] != identity:
-            raise KeyError(identity)
         points = results["operating_points"]
+        is_of_student = protocol["student_identity"] == identity
     except (ValueError, KeyError, TypeError):
+        is_of_student = False
+    if not is_of_student:
         return nothing | {
             "operating_points_from": f"none, {results_file} is not of this student; {advice}"
         }
@@ -3110,9 +3111,7 @@ def errors_sentence(results: dict) -> str:
         "no": "distilling did not pay",
         "undecided": "whether distilling paid is undecided on these images",
     }[learned[best]["worth_more"]]
-    if (
-        best == f"{network}/{score}"
-    ):  # then it is compared with the best free score, else it is told
+    if best == f"{network}/{score}":  # nothing is better, so what it is better than is told
         other = f"the best free score, {task['best_free'].removeprefix('student/')}"
         value = task["value"]
     else:
@@ -3950,7 +3949,7 @@ def main(args: argparse.Namespace) -> None:
         text = f"evaluate.py works in one process: of torchrun's {world} the others have ended"
         print(f"note: {text}", file=sys.stderr)
 
-    # ---------------------------------------------------------------- a network leaves home
+    # ---------------------------------------------------------------- a network for other programs
     if args.export is not None:
         refuse_beside_export(args)
         student = args.student or Path("ckpts/student.pt")
@@ -3960,6 +3959,10 @@ def main(args: argparse.Namespace) -> None:
     # ---------------------------------------------------------------- networks and data
     device = choose_device(args.device)
     files = find_networks(args.student, args.teacher, args.mc_samples)
+    if args.predict is not None and files.student is not None:
+        files = NetworkFiles(
+            files.student, teacher=None, mc_samples=0
+        )  # the student alone predicts
     networks, checkpoint = open_networks(files, device)
     settings = resolve(args, checkpoint, device)
     inference = settings.inference

@@ -7,9 +7,9 @@ The teacher is M independently trained networks. With the softmax taken after th
 
 is its mean prediction and its predictive uncertainty (Landgraf et al. 2024, doi
 10.1007/s41064-024-00280-4). The student predicts u in the pass that predicts the
-classes,
-by one of two heads: `PaperHead`, a 1x1 convolution and a sigmoid on the decoder's
-features, or `ConfidenceHead`, which adds to that what the student's own softmax says.
+classes, by one of two heads: `PaperHead`, a 1x1 convolution and a sigmoid on the
+decoder's features, or `ConfidenceHead`, which adds to that what the student's own
+softmax says.
 
     from model import load_model
     network = load_model("ckpts/student.pt")           # eval mode, on the CPU
@@ -718,7 +718,7 @@ def read_tensors(path: str | Path) -> dict:
     except UNREADABLE as error:
         raise ModelError(
             f"{path} is not a readable checkpoint {why_unreadable(path, error)}"
-        ) from (error)
+        ) from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds a {type(content).__name__}, not a dict; name another file")
     return content
