@@ -73,7 +73,7 @@ from model import (
 )
 from train_ensemble import (
     RECIPES,
-    UNFINISHED,
+    WRITTEN,
     TrainingFlags,
     add_training_flags,
     build_config,
@@ -849,7 +849,7 @@ def main(args: argparse.Namespace) -> None:
         lock = locked(path) if is_first_process() else contextlib.nullcontext()
         with lock:
             if args.overwrite and is_first_process():
-                remove_files(path, (path.suffix, ".jsonl", *UNFINISHED))
+                remove_files(path, WRITTEN)
             wait_for_group(flags.device)
             refuse_other_command(path, flags.recorded)
             if path.exists():

@@ -32,6 +32,7 @@ if sys.version_info < (3, 11):  # noqa: UP036, an older Python reads until here
 import argparse
 import contextlib
 import functools
+import glob
 import json
 import math
 import os
@@ -797,6 +798,7 @@ def write_by_first_process(path: Path, content: dict | str) -> None:
 
 # What lies beside a checkpoint until it is finished; the targets are a student's.
 UNFINISHED = (".state", ".targets.npy", ".targets.json", ".val-targets.npy", ".val-targets.json")
+WRITTEN = (".pt", ".jsonl", *UNFINISHED)  # all that a training writes
 
 
 def remove_files(path: Path, suffixes: tuple[str, ...]) -> None:
@@ -806,8 +808,10 @@ def remove_files(path: Path, suffixes: tuple[str, ...]) -> None:
     """
     for suffix in suffixes:
         path.with_suffix(suffix).unlink(missing_ok=True)
-    for half_written in path.parent.glob(f".{path.stem}.*.tmp"):
-        half_written.unlink(missing_ok=True)
+    for suffix in WRITTEN:
+        name = glob.escape(path.with_suffix(suffix).name)
+        for half_written in path.parent.glob(f".{name}.*.tmp"):
+            half_written.unlink(missing_ok=True)
 
 
 def refuse_other_command(path: Path, recorded: dict) -> None:
@@ -1491,10 +1495,9 @@ def child_process(
     place: SideBySide,
 ) -> None:
     """A process of `train_in_processes`. It hears signals from its parent and ends with it."""
-    global side_by_side
-    side_by_side = place
     if sys.stdout is not None and sys.stdout.isatty() and sys.stderr.isatty():
         sys.stdout = RowOutput(sys.stdout)
+        sys.stderr = RowOutput(sys.stderr)
     os.setsid()
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
@@ -1535,7 +1538,7 @@ def main(args: argparse.Namespace) -> None:
             surplus = surplus_members(args.out, args.members) if rank == 0 else []
             for path in [*paths.values(), *surplus]:
                 with locked(path):
-                    remove_files(path, (".pt", ".jsonl", *UNFINISHED))
+                    remove_files(path, WRITTEN)
 
         unfinished = [path for path in paths.values() if not path.exists()]
         num_views = len(unfinished) * flags.epochs * len(train_set)

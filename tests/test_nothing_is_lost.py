@@ -557,6 +557,16 @@ def test_copies_and_missing_logs_beside_members_do_no_harm(trained, command, tmp
     assert [path.name for path in model.find_members(out)] == ["member_00.pt", "member_01.pt"]
 
 
+def test_tidying_up_leaves_alone_what_another_training_writes(tmp_path):
+    """Beside student.pt that of student.v2.pt was removed, which then ended with an error."""
+    ours = {".student.pt.1.tmp", ".student.state.1.tmp", ".student.targets.json.1.tmp"}
+    others = {".student.v2.pt.2.tmp", ".student.v2.state.2.tmp", ".student_2.state.2.tmp"}
+    for name in ours | others:
+        (tmp_path / name).touch()
+    train_ensemble.remove_files(tmp_path / "student.pt", train_ensemble.UNFINISHED)
+    assert {path.name for path in tmp_path.iterdir()} == others
+
+
 def test_the_state_of_another_version_is_refused_in_one_line(trained, command, tmp_path):
     flags = [*small(trained[0]), "--members", 1, "--out", tmp_path]
     recorded = train_ensemble.read_checkpoint(trained[1] / "member_00.pt")["args"]
