@@ -888,7 +888,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     flag(
         "--mc-samples",
-        type=int,
+        type=non_negative(int),
         default=0,
         metavar="N",
         help="N dropout samples of a single checkpoint are the teacher (default: 0, an ensemble)",

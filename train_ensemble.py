@@ -317,17 +317,20 @@ def shown_settings(recorded: dict) -> dict[str, dict]:
 def check_same(saved: dict, recorded: dict, path: Path) -> None:
     """A run goes on under the flags it was begun with; UsageError names the first difference.
 
-    A flag that did not exist when the run began counts as a difference too.
+    A flag that did not exist when the run began counts as a difference, too, unless this command
+    leaves it at None, which means that it does nothing.
     """
     free = FREE_TO_CHANGE
     if saved["device"].split(":")[0] != recorded["device"].split(":")[0]:
         free = free | {"amp", "compile"}  # their defaults follow the device
     for name in sorted((saved.keys() | recorded.keys()) - free):
         if saved.get(name) != recorded.get(name):
+            begun = f"with {name} = {saved.get(name)}"
+            if name not in saved:
+                begun = f"by an older version, which had no {name}"
             raise UsageError(
-                f"{path} was begun with {name} = {saved.get(name)}, this command says "
-                f"{recorded.get(name)}; use the same flags, another --out, or --overwrite to start "
-                "anew"
+                f"{path} was begun {begun}, this command says {recorded.get(name)}; use the same "
+                "flags, another --out, or --overwrite to start anew"
             )
 
 

@@ -258,6 +258,13 @@ def test_a_run_may_go_on_on_another_device():
         train_ensemble.check_same(saved, other, Path("m.pt"))
 
 
+def test_a_run_that_began_before_a_flag_existed_goes_on_where_the_flag_does_nothing():
+    saved = {"device": "cpu", "lr": 0.1}
+    train_ensemble.check_same(saved, saved | {"val": None}, Path("m.pt"))
+    with pytest.raises(UsageError, match="by an older version, which had no val, this .* says 0.2"):
+        train_ensemble.check_same(saved, saved | {"val": 0.2}, Path("m.pt"))
+
+
 def test_every_measure_and_the_probabilities_have_their_own_term():
     torch.manual_seed(0)
     teacher = Ensemble([DeepLabV3("resnet18", 3) for _ in range(2)])
