@@ -71,9 +71,16 @@ import data
 import metrics
 import model
 from metrics import ERROR, FREE_SCORES, MEASURES
-from model import UsageError, autocast, choose_amp, choose_device, locked, speaks_for_command
-
-RGB = tuple[int, int, int]
+from model import (
+    RGB,
+    UsageError,
+    autocast,
+    choose_amp,
+    choose_device,
+    locked,
+    speaks_for_command,
+    torchrun_rank,
+)
 
 # ------------------------------------------------------------------------ networks and their scores
 
@@ -490,10 +497,9 @@ def warn_beyond_float16(name: str, results: dict[str, dict]) -> None:
         if share > 0:
             texts.append(f"{key} {100 * share:.3g} %")
     if texts:
-        print(
-            f"warning: {name}: scores beyond float16, +-65,504, count as equal: "
-            f"{', '.join(texts)}; divide them by a constant in metrics.FREE_SCORES",
-            file=sys.stderr,
+        warn(
+            f"{name}: scores beyond float16, +-65,504, count as equal: {', '.join(texts)}; divide "
+            "them by a constant in metrics.FREE_SCORES"
         )
 
 
@@ -834,9 +840,10 @@ def evaluate_ood(
         for key, components in component_results(batches, thresholds, ood.smallest).items():
             results[key] |= components
     else:
-        text = f"the OOD set {ood.name} has no anomalous pixel; its figures are undefined"
-        text += f" (void: {ood.protocol['void']})"
-        print(f"warning: {one_line(text)}", file=sys.stderr)
+        warn(
+            f"the OOD set {ood.name} has no anomalous pixel; its figures are undefined (void: "
+            f"{ood.protocol['void']})"
+        )
     further_images = len(next(iter(in_distribution.values()), []))  # the same for every score
     protocol = ood_protocol(ood, tracker, further_images)
     comparison = compare_with_free(tracker.bootstrap, ["auroc"])
@@ -3145,25 +3152,28 @@ def anomalies_sentence(results: dict) -> str:
     return f"Unknown objects are found best {', '.join(texts)}."
 
 
-def training_logs(files: "NetworkFiles") -> dict[str, list[dict]]:
+def training_logs(checkpoints: Sequence[Path]) -> dict[str, list[dict]]:
     """The lines of the .jsonl beside each checkpoint, by its name; a network without
     one is left out, and one that cannot be read is left out with a warning."""
-    checkpoints = []
-    if files.student is not None:
-        checkpoints.append(files.student)
-    if files.teacher:
-        checkpoints += model.member_files(files.teacher)
     logs = {}
     for checkpoint in checkpoints:
         path = checkpoint.with_suffix(".jsonl")
-        if not path.exists():
+        if not path.exists():  # a checkpoint may come from elsewhere
             continue
         try:
-            logs[checkpoint.stem] = [json.loads(line) for line in path.read_text().splitlines()]
+            logs[checkpoint.stem] = read_log(path)
         except ValueError as error:
-            text = f"{path} is no log of a training ({error}); the report does without its curves"
-            print(f"warning: {text}", file=sys.stderr)
+            warn(f"{path} is no log of a training ({error}); its curves are left out")
     return logs
+
+
+def read_log(path: Path) -> list[dict]:
+    """The entries of a training's .jsonl, one an epoch; ValueError where it is none."""
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    for entry in entries:
+        if not isinstance(entry, dict) or "epoch" not in entry:
+            raise ValueError("a line without an epoch")
+    return entries
 
 
 def report(results: dict, pictures: Pictures) -> str:
@@ -3347,6 +3357,11 @@ def exit_code_of(function: Callable, *arguments) -> int:
         return EXIT_REFUSED
     finally:
         drop_unread_output()
+
+
+def warn(text: str) -> None:
+    """Print a warning on stderr, in one line."""
+    print(f"warning: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 def reopen_closed_streams() -> None:
@@ -3685,9 +3700,19 @@ def find_networks(student: Path | None, teacher: list[str] | None, mc_samples: i
         path = Path("ckpts/student.pt")
         if path.exists():
             student = path
-        if any(Path("ckpts").glob("member_[0-9]*.pt")):
+        if model.find_members(Path("ckpts")):
             teacher = ["ckpts"]
     return NetworkFiles(student, teacher, mc_samples)
+
+
+def checkpoints_of(files: NetworkFiles) -> list[Path]:
+    """The files of all networks, the student's first."""
+    checkpoints = []
+    if files.student is not None:
+        checkpoints.append(files.student)
+    if files.teacher:
+        checkpoints += model.member_files(files.teacher)
+    return checkpoints
 
 
 def open_networks(files: NetworkFiles, device: torch.device) -> tuple[Networks, dict]:
@@ -3943,7 +3968,7 @@ def write_results(path: Path, protocol: dict, results: dict, steps_left: list[st
 def main(args: argparse.Namespace) -> None:
     # ---------------------------------------------------------------- torchrun
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if int(os.environ.get("RANK", 0)) > 0:
+    if torchrun_rank() > 0:
         return
     if world > 1:
         text = f"evaluate.py works in one process: of torchrun's {world} the others have ended"
@@ -3992,7 +4017,7 @@ def main(args: argparse.Namespace) -> None:
             "evaluate on the data set they were trained on"
         )
     for warning in data.split_warnings(dataset, settings.split, training=False):
-        print(f"warning: {one_line(warning)}", file=sys.stderr)
+        warn(warning)
     ood_sets = open_ood_sets(settings.ood, dataset)
     if args.save_scores is not None and settings.split in [ood.name for ood in ood_sets]:
         raise UsageError(
@@ -4097,7 +4122,8 @@ def main(args: argparse.Namespace) -> None:
             rejection_picture = (caption, rejection_file)
 
         # ------------------------------------------------------------ report
-        pictures = Pictures(panels, rejection_picture, training_logs(files))
+        logs = training_logs(checkpoints_of(files))
+        pictures = Pictures(panels, rejection_picture, logs)
         model.save_atomically(html_file, report(results, pictures))
         charts = [
             curve_chart("rejection", results["uncertainty"]),

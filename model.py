@@ -1029,7 +1029,12 @@ def speaks_for_command() -> bool:
     """
     first_names = ("MainProcess", "SpawnProcess-1")
     is_first = multiprocessing.current_process().name in first_names
-    return is_first and int(os.environ.get("RANK", 0)) == 0
+    return is_first and torchrun_rank() == 0
+
+
+def torchrun_rank() -> int:
+    """The number that torchrun gave this process, also where it opens no group; alone it is 0."""
+    return int(os.environ.get("RANK", 0))
 
 
 def get_rank() -> int:

@@ -64,12 +64,13 @@ from evaluate import (
     finite_number,
     learning_charts,
     non_negative,
-    one_line,
     positive,
     print_settings,
     run_main,
     terminal_width,
+    training_logs,
     validate,
+    warn,
     without_nan,
 )
 from model import (
@@ -93,6 +94,8 @@ from model import (
     read_tensors,
     save_atomically,
     silence,
+    speaks_for_command,
+    torchrun_rank,
     versions,
 )
 
@@ -181,6 +184,7 @@ class TrainingFlags(NamedTuple):
     save_every: float
     overwrite: bool
     recorded: dict  # all flags of the command, as checkpoints store them
+    place: "SideBySide | None" = None  # no flag: where members are trained side by side
 
 
 # What may differ between a command and the run that it continues. Of the teacher, its
@@ -488,15 +492,16 @@ def fit(
     with noted_signals() as signals:
         run = Run(path, model, wrapped_model, optimizer, scaler, state, image_names, signals)
         while state.epoch < flags.epochs:
-            progress = Progress(path.stem, state, flags.epochs, len(train_loader.batch_sampler))
-            with fastest_convolutions():
-                train_one_epoch(run, loss_fn, train_loader, flags, progress)
-            results = {}
-            is_last_epoch = state.epoch + 1 == flags.epochs
-            if (state.epoch + 1) % flags.validate_every == 0 or is_last_epoch:
-                progress.show_validation()
-                results = validation(validated_model)
-            finish_epoch(run, results, progress, flags.select)
+            num_batches = len(train_loader.batch_sampler)
+            with Progress(path.stem, state, flags.epochs, num_batches, flags.place) as progress:
+                with fastest_convolutions():
+                    train_one_epoch(run, loss_fn, train_loader, flags, progress)
+                results = {}
+                is_last_epoch = state.epoch + 1 == flags.epochs
+                if (state.epoch + 1) % flags.validate_every == 0 or is_last_epoch:
+                    progress.show_validation()
+                    results = validation(validated_model)
+                finish_epoch(run, results, progress, flags.select)
             save_state(run, flags)
             stop_if_signalled(run, flags)
 
@@ -626,12 +631,11 @@ def finish_epoch(run: Run, results: dict, progress: "Progress", select: str) -> 
     state.history.append(entry)
     iou = results.get("iou", [])
     if learns_nothing(state.history, iou) and is_first_process():
-        print(
-            f"warning: {run.path.stem}: after {PATIENCE} validations the network tells classes "
-            f"apart no better than by chance (val miou {entry['miou']:.4f}); usual reasons: a "
-            "learning rate that is too high or too low (--lr), masks whose numbers mean something "
-            "else than classes.txt says, images and masks that do not belong together",
-            flush=True,
+        warn(
+            f"{run.path.stem}: after {PATIENCE} validations the network tells classes apart no "
+            f"better than by chance (val miou {entry['miou']:.4f}); usual reasons: a learning rate "
+            "that is too high or too low (--lr), masks whose numbers mean something else than "
+            "classes.txt says, images and masks that do not belong together"
         )
     if select == "best" and kept_epoch(state.history, "best") is entry:
         weights = run.model.state_dict()
@@ -993,10 +997,6 @@ class SideBySide(NamedTuple):
     number: int  # of this process
 
 
-# Set once, where such a process begins: the line is of the terminal, like stdout.
-side_by_side: SideBySide | None = None
-
-
 class SharedLiveLine(LiveLine):
     """The live line of members that train side by side: it shows what each of them says.
 
@@ -1004,8 +1004,8 @@ class SharedLiveLine(LiveLine):
     covers the whole row.
     """
 
-    def __init__(self, place: SideBySide):
-        super().__init__()
+    def __init__(self, place: SideBySide, silent: bool = False):
+        super().__init__(silent)
         self.place = place
 
     def show(self, text: str) -> None:
@@ -1024,7 +1024,7 @@ class SharedLiveLine(LiveLine):
 
 
 class RowOutput:
-    """stdout of a process beside others, on their terminal: each line covers the live line."""
+    """stdout or stderr of a process beside others, on their terminal: lines cover the live line."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -1032,6 +1032,8 @@ class RowOutput:
 
     def write(self, text: str) -> int:
         """Write as print does, whole lines in one piece each."""
+        if text.startswith("\r"):  # the live line itself
+            return self.stream.write(text)
         lines = (self.unfinished + text).split("\n")
         self.unfinished = lines.pop()
         for line in lines:
@@ -1044,20 +1046,40 @@ class RowOutput:
 
 
 class Progress:
-    """One live line on a terminal while an epoch runs, one line an epoch anywhere."""
+    """Inside a `with`, one live line on a terminal while an epoch runs; one line an epoch anywhere.
 
-    def __init__(self, name: str, state: RunState, epochs: int, num_batches: int):
-        self.live_line = LiveLine(silent=not is_first_process())
-        self.short_title = f"{name} {state.epoch + 1}/{epochs}"
-        if side_by_side is not None:
-            self.live_line = SharedLiveLine(side_by_side)
+    place: that of this process, where several train members side by side: its part of the line
+    they share is shorter.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        state: RunState,
+        epochs: int,
+        num_batches: int,
+        place: SideBySide | None = None,
+    ):
+        silent = torchrun_rank() > 0
+        if place is None:
+            self.live_line = LiveLine(silent)
+        else:
+            self.live_line = SharedLiveLine(place, silent)
+        self.place = place
         self.title = f"{name}  epoch {state.epoch + 1}/{epochs}"
+        self.short_title = f"{name} {state.epoch + 1}/{epochs}"
         self.epochs = epochs
         self.num_batches = num_batches
         # above 0 where an epoch is continued: the rate is that of what is done now
         self.first_batch = state.batch
         self.first_image = state.images
         self.started = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.live_line.clear()  # so that an error has a row of its own
 
     def show(self, state: RunState, lr: float) -> None:
         """The live line: mean loss of the epoch so far, rate, time left of the whole training."""
@@ -1069,7 +1091,7 @@ class Progress:
         batches_left = (self.epochs - state.epoch) * self.num_batches - state.batch
         seconds_left = batches_left * seconds / (state.batch - self.first_batch)
         left = f"{timedelta(seconds=round(seconds_left))} left"
-        if side_by_side is not None:
+        if self.place is not None:
             self.live_line.show(f"{self.short_title} {state.batch}/{self.num_batches} {left}")
             return
         self.live_line.show(
@@ -1079,7 +1101,7 @@ class Progress:
 
     def show_validation(self) -> None:
         """The live line while the network is validated."""
-        title = self.title if side_by_side is None else self.short_title
+        title = self.title if self.place is None else self.short_title
         self.live_line.show(f"{title}  validating")
 
     def finish(self, state: RunState, results: dict, lr: float) -> dict:
@@ -1112,11 +1134,7 @@ class Progress:
 
 def draw_curves(folder: Path) -> None:
     """curves.svg: loss and validation mIoU by epoch of all members that are in the folder."""
-    logs = {}
-    for checkpoint in find_members(folder):
-        path = checkpoint.with_suffix(".jsonl")
-        if path.exists():  # a checkpoint may come from elsewhere
-            logs[path.stem] = [json.loads(line) for line in path.read_text().splitlines()]
+    logs = training_logs(find_members(folder))
     save_atomically(folder / "curves.svg", chart_sheet(learning_charts(logs)))
 
 
@@ -1126,7 +1144,7 @@ def draw_curves(folder: Path) -> None:
 def open_splits(flags: TrainingFlags) -> tuple[data.SegmentationDataset, data.SegmentationDataset]:
     """The training and the validation split; prints what they are, and the resolved flags.
 
-    Warnings about their labels go to stderr.
+    Warnings about them go to stderr.
     """
     splits = []
     for split in (flags.split, "val"):
@@ -1137,9 +1155,11 @@ def open_splits(flags: TrainingFlags) -> tuple[data.SegmentationDataset, data.Se
     train_set, val_set = splits
     warnings = data.split_warnings(train_set, flags.split, training=True)
     warnings += data.split_warnings(val_set, "val", training=False)
-    if os.environ.get("RANK", "0") == "0":  # one process of torchrun's speaks for all
+    warnings += overlap_warnings(train_set, val_set, flags.split)
+    warnings += warmup_warnings(flags, len(train_set))
+    if speaks_for_command():
         for warning in warnings:
-            print(f"warning: {one_line(warning)}", file=sys.stderr)
+            warn(warning)
     if flags.cache:
         data.cache_decoded(train_set, flags.cache)
         data.cache_decoded(val_set, flags.cache)
@@ -1150,21 +1170,34 @@ def open_splits(flags: TrainingFlags) -> tuple[data.SegmentationDataset, data.Se
     for note in dict.fromkeys(train_set.notes + val_set.notes):  # each once
         print(note)
     print_settings(shown_settings(flags.recorded))
-    warn_of_warmup(flags, len(train_set))
     return train_set, val_set
 
 
-def warn_of_warmup(flags: TrainingFlags, num_images: int) -> None:
-    """Print that the learning rate never reaches its base, where the run is too short for that."""
+def overlap_warnings(
+    train_set: data.SegmentationDataset, val_set: data.SegmentationDataset, split: str
+) -> list[str]:
+    """A line where the training split holds images of the validation split, as --split all may."""
+    shared = set(train_set.images) & set(val_set.images)
+    if not shared:
+        return []
+    return [
+        f"{len(shared)} of the {len(train_set)} images of --split {split} are validation images "
+        "too, so the val miou flatters, and so does evaluate.py --split val; for figures that "
+        "count use --split train"
+    ]
+
+
+def warmup_warnings(flags: TrainingFlags, num_images: int) -> list[str]:
+    """A line where the run is too short for the learning rate ever to reach its base."""
     batches = len(data.EpochBatches(num_images, flags.batch_size, stream=[]))
     steps = flags.epochs * math.ceil(batches / flags.accumulate)
-    if flags.warmup > steps:
-        print(
-            f"warning: --warmup {flags.warmup} is longer than this run of {steps} steps, whose "
-            f"learning rate ends far below --lr {flags.lr:g}: try --warmup {steps // 10}, or more "
-            "--epochs or a smaller --batch-size",
-            flush=True,
-        )
+    if flags.warmup <= steps:
+        return []
+    return [
+        f"--warmup {flags.warmup} is longer than this run of {steps} steps, whose learning rate "
+        f"ends far below --lr {flags.lr:g}: try --warmup {steps // 10}, or more --epochs or a "
+        "smaller --batch-size"
+    ]
 
 
 VALIDATION_SHARE = 0.1  # of an epoch's work that validation may take, unless a flag says more
@@ -1418,8 +1451,13 @@ def train_member(
     train_set: data.SegmentationDataset,
     val_set: data.SegmentationDataset,
     flags: TrainingFlags,
+    place: SideBySide | None = None,
 ) -> None:
-    """Train member `member` of `members` and write it to `path`, unless it is there already."""
+    """Train member `member` of `members` and write it to `path`, unless it is there already.
+
+    place: that of this process, where several train side by side.
+    """
+    flags = flags._replace(place=place)
     with locked(path):
         refuse_other_command(path, flags.recorded)
         if path.exists():
@@ -1505,7 +1543,9 @@ def child_process(
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     choose_device(str(device))  # its settings are those of a process
-    sys.exit(exit_code_of(train_members, train, paths))
+    with silence(torchrun_rank() > 0):
+        train = functools.partial(train, place=place)
+        sys.exit(exit_code_of(train_members, train, paths))
 
 
 def end_with_parent() -> None:
@@ -1520,7 +1560,7 @@ def end_with_parent() -> None:
 def main(args: argparse.Namespace) -> None:
     # ---------------------------------------------------------------- what will be done
     member_ids = choose_members(args.members, args.member_ids)
-    rank = int(os.environ.get("RANK", 0))
+    rank = torchrun_rank()
     world = int(os.environ.get("WORLD_SIZE", 1))
     resolved = resolve_flags(vars(args), RECIPES[args.dataset])
     if resolved["parallel"] is None:

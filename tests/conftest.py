@@ -72,7 +72,7 @@ def small(folder, *more):
     """Flags for a training of seconds."""
     flags = ["--dataset", "folder", "--data", folder]
     flags += ["--backbone", "resnet18", "--weights", "none", "--crop-size", 32, 32]
-    flags += ["--batch-size", 2, "--epochs", 2, "--validate-every", 1]
+    flags += ["--batch-size", 2, "--epochs", 2, "--validate-every", 1, "--warmup", 0]
     flags += ["--device", "cpu", "--parallel", 1]
     return (*flags, *more)
 

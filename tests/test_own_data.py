@@ -197,6 +197,21 @@ def test_both_splits_and_the_share_of_a_flat_folder(tmp_path):
     refused(lambda: open_dataset("folder", root, "test", val_share=0.3), "has no folder test")
 
 
+def test_training_on_images_that_validate_is_said(tmp_path):
+    """--split all, or a folder of some images, trained on validation images in silence."""
+    root = write_flat(tmp_path, [f"{video}/{frame}" for video in "abc" for frame in range(2)])
+    val_set = open_dataset("folder", root, "val", val_share=0.3)
+    folder = val_set.images[0].parent.name
+    for split, count in (("train", 4), ("all", 6), (folder, 2)):
+        train_set = open_dataset("folder", root, split, val_share=0.3)
+        assert len(train_set) == count
+        warnings = train_ensemble.overlap_warnings(train_set, val_set, split)
+        if split == "train":
+            assert warnings == []
+        else:
+            assert warnings[0].startswith(f"2 of the {count} images of --split {split} are valid")
+
+
 def test_val_is_for_folders_without_splits(folder, command, tmp_path):
     flags = (*small(folder), "--members", 1, "--out", tmp_path / "c")
     code, _, err = command("train", *flags, "--val", 0.2)
@@ -299,14 +314,12 @@ def test_settings_are_a_table_in_rows_of_the_terminal():
     ]
 
 
-def test_a_warm_up_that_outlasts_the_run_is_said(capsys):
+def test_a_warm_up_that_outlasts_the_run_is_said():
     """Twelve images from scratch: the learning rate never came near its base."""
     flags = flags_of(batch_size=2, epochs=4, warmup=8, lr=0.05)
-    train_ensemble.warn_of_warmup(flags, 4)
-    assert capsys.readouterr().out == ""
-    train_ensemble.warn_of_warmup(flags._replace(accumulate=2), 4)
-    out = capsys.readouterr().out
-    assert out.startswith("warning: --warmup 8 is longer than this run of 4 steps")
+    assert train_ensemble.warmup_warnings(flags, 4) == []
+    (warning,) = train_ensemble.warmup_warnings(flags._replace(accumulate=2), 4)
+    assert warning.startswith("--warmup 8 is longer than this run of 4 steps")
 
 
 def test_a_network_that_learns_nothing_is_said_once():
@@ -398,9 +411,13 @@ def test_members_side_by_side_share_one_live_line(monkeypatch):
     lines[0].show("x" * 100)
     shown = f"{'x' * (train_ensemble.TEXT_BYTES - 1)} | member_01 2/2"
     assert terminal.rows(80) == ["member_01  epoch 1/2", shown]
+    monkeypatch.setattr(sys, "stderr", train_ensemble.RowOutput(terminal))
+    lines[1].show("member_01 2/2")
+    evaluate.warn("it learns nothing")
+    assert terminal.rows(80)[1:] == ["warning: it learns nothing", ""]
     lines[0].clear()
     lines[1].clear()
-    assert terminal.rows(80)[1:] == [""]
+    assert terminal.rows(80)[2:] == [""]
 
 
 def test_the_live_line_says_that_it_validates(monkeypatch):
@@ -411,10 +428,31 @@ def test_the_live_line_says_that_it_validates(monkeypatch):
     progress.show_validation()
     assert terminal.rows(80) == ["member_00  epoch 1/2  validating"]
     place = train_ensemble.SideBySide([RawArray("c", train_ensemble.TEXT_BYTES)], 0)
-    monkeypatch.setattr(train_ensemble, "side_by_side", place)
-    progress = train_ensemble.Progress("member_00", train_ensemble.RunState(), 2, 3)
+    progress = train_ensemble.Progress("member_00", train_ensemble.RunState(), 2, 3, place)
     progress.show_validation()
     assert terminal.rows(80) == ["member_00 1/2  validating"]
+    # of torchrun's processes the first alone has a line, whether they form a group or not
+    monkeypatch.setenv("RANK", "1")
+    for place_of_other in (None, place):
+        progress = train_ensemble.Progress(
+            "member_01", train_ensemble.RunState(), 2, 3, place_of_other
+        )
+        progress.show_validation()
+    assert terminal.rows(80) == ["member_00 1/2  validating"]
+
+
+def test_an_error_has_a_row_of_its_own(monkeypatch):
+    """What went wrong stood behind the live line, in its row."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+
+    def fail():
+        with train_ensemble.Progress("member_00", train_ensemble.RunState(), 2, 3) as progress:
+            progress.show_validation()
+            raise UsageError("the loss is nan")
+
+    assert evaluate.exit_code_of(fail) == 2
+    assert terminal.rows(80) == ["error: the loss is nan", ""]
 
 
 @pytest.mark.parametrize("module", [train_ensemble, distill])

@@ -186,11 +186,11 @@ def test_the_lead_says_whether_distilling_paid(evaluated):
 
 
 def test_a_damaged_log_costs_its_curves_alone(tmp_path, capsys):
-    (tmp_path / "student.jsonl").write_text("{no json")
-    files = evaluate.NetworkFiles(tmp_path / "student.pt", None, 0)
-    assert evaluate.training_logs(files) == {}
-    err = capsys.readouterr().err
-    assert err.startswith("warning: ") and "student.jsonl" in err and err.count("\n") == 1
+    for content in ("{no json", '{"loss": 1.0}', "[1]"):
+        (tmp_path / "student.jsonl").write_text(content)
+        assert evaluate.training_logs([tmp_path / "student.pt", tmp_path / "gone.pt"]) == {}
+        err = capsys.readouterr().err
+        assert err.startswith("warning: ") and "student.jsonl" in err and err.count("\n") == 1
 
 
 def test_learning_curves_pass_over_epochs_without_validation():
