@@ -15,6 +15,7 @@ Outline, in this order:
     layouts               where the files of a data set lie: add a data set here, in `LAYOUTS`
     flat folders          which images of a folder without splits are for validation
     data sets             `open_dataset`, `SegmentationDataset`
+    classes.txt           `read_classes`: what the masks of a user's folder hold
     decode cache          `cache_decoded`: decoded samples in a memory map
     training views        `TrainingViews`: random scale, crop, flip and colour jitter
     images without labels `PairedViews`, `split_pairs`: a second half of each batch
@@ -479,10 +480,10 @@ class Layout(NamedTuple):
     # Whether the user names files and folders: the masks may then end otherwise, see
     # `find_mask_ending`, and there may be no folder for each split, see
     # `divide_images`.
-    is_users: bool = False
+    named_by_user: bool = False
 
     def describe(self) -> str:
-        if self.is_users:
+        if self.named_by_user:
             return (
                 "classes.txt, the folder images and the folder labels with a PNG mask of the same "
                 "name for each image, or both folders with train and val below them; docs/DATA.md "
@@ -572,7 +573,7 @@ LAYOUTS = {
         images="images/{split}",
         glob="**/*",
         masks="labels/{split}/{folder}/{stem}.png",
-        is_users=True,
+        named_by_user=True,
     ),
 }
 DATASETS = ("synthetic", *LAYOUTS)
@@ -588,7 +589,7 @@ class SplitFiles(NamedTuple):
     masks: list[Path]  # one for each image, whether it exists or not
     left_out: list[Path]  # files among the images that may be images of a kind that is not read
     mask_ending: str = ""  # what follows an image's stem in the name of its mask, if not ".png"
-    missing_masks: str = ""  # of masks that were not found: what is there in their place
+    found_instead: str = ""  # of masks that were not found: what is there in their place
 
 
 Listings = dict[Path, dict[str, list[Path]]]  # by folder, the files of each `spelling`
@@ -618,7 +619,7 @@ def find_files(layout: Layout, data: Path, split: str) -> SplitFiles:
         mask = layout.masks.format(split=split, folder=below, stem=stem, aug=aug)
         masks.append(find_spelling(root / mask, listings))
     files = SplitFiles(folder, images, masks, left_out)
-    if layout.is_users and not all(mask.is_file() for mask in masks):
+    if layout.named_by_user and not all(mask.is_file() for mask in masks):
         return find_mask_ending(files)
     return files
 
@@ -640,7 +641,7 @@ def find_mask_ending(files: SplitFiles) -> SplitFiles:
 
     Every ending will do that begins with neither a letter nor a digit and that all
     masks share. Where none is, the files come back as they were, but for
-    `missing_masks`. DataError where two endings fit all images, or where the masks are
+    `found_instead`. DataError where two endings fit all images, or where the masks are
     of a kind that changes their values.
     """
     names_in: dict[Path, list[tuple[str, str]]] = {}
@@ -702,10 +703,10 @@ def expect_commonest(files: SplitFiles, masks_of_ending: dict[str, dict[Path, Pa
     """The files with the masks that the commonest ending gives, and what there is of others."""
     for mask in files.masks:
         if not mask.parent.is_dir():
-            return files._replace(missing_masks=describe_missing_folder(mask.parent))
+            return files._replace(found_instead=describe_missing_folder(mask.parent))
     if not masks_of_ending:
         found = f"no name in {files.masks[0].parent} begins as that of an image"
-        return files._replace(missing_masks=found)
+        return files._replace(found_instead=found)
 
     by_number = sorted(masks_of_ending, key=lambda ending: -len(masks_of_ending[ending]))
     parts = []
@@ -719,7 +720,7 @@ def expect_commonest(files: SplitFiles, masks_of_ending: dict[str, dict[Path, Pa
     for image, mask in zip(files.images, files.masks, strict=True):
         expected = mask.with_name(image.stem + commonest)
         masks.append(masks_of_ending[commonest].get(image, expected))
-    return files._replace(masks=masks, missing_masks=found)
+    return files._replace(masks=masks, found_instead=found)
 
 
 def describe_missing_folder(folder: Path) -> str:
@@ -877,7 +878,7 @@ def check_pairs(files: SplitFiles) -> None:
                 raise DataError(
                     f"the mask {mask} is a link to {os.readlink(mask)}, which is not there; mend it"
                 )
-            found = f" ({files.missing_masks})" if files.missing_masks else ""
+            found = f" ({files.found_instead})" if files.found_instead else ""
             raise DataError(
                 f"no mask {mask} for the image {image}{found}; add it or remove the image"
             )
@@ -1021,11 +1022,11 @@ def choose_groups(sizes: dict[str, int], share: float) -> set[str]:
     then one image more could turn training and validation around.
     """
 
-    def lot(group: str) -> bytes:
+    def hash_of(group: str) -> bytes:
         return hashlib.sha256(group.encode("utf-8", errors="surrogateescape")).digest()
 
     wanted = share * sum(sizes.values())
-    order = sorted(sizes, key=lot)
+    order = sorted(sizes, key=hash_of)
     chosen: set[str] = set()
     count = 0
     for group in order:
@@ -1494,6 +1495,8 @@ def open_files(
     dataset.check_headers()
     return dataset
 
+
+# -------------------------------------------------------------------------------------- classes.txt
 
 CLASS_FILE_HELP = (
     "classes.txt of --dataset folder names a class a line, numbered from 0, where 255 is void; or "

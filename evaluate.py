@@ -270,10 +270,10 @@ class Predictor(nn.Module):
     def predict(self, image: Image.Image | np.ndarray) -> "Maps":
         """The classes uint8 [H, W] and, by name, the scores float32 [H, W] of one image.
 
-        image: a PIL image of any mode, which is set upright as its EXIF tag says, or
-        RGB values uint8 [H, W, 3]. Of any size: it is resized in proportion to what the
-        network was trained for, and the maps have its own size, all as `evaluate.py
-        --predict` does. Raises DataError where an array is no image.
+        image: a PIL image of any mode of whole numbers, which is set upright as its
+        EXIF tag says, or RGB values uint8 [H, W, 3]. Of any size: it is resized in
+        proportion to what the network was trained for, and the maps have its own size,
+        all as `evaluate.py --predict` does. Raises DataError where it is no such image.
         """
         if isinstance(image, Image.Image):
             image = data.to_rgb(image)
