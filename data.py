@@ -952,6 +952,14 @@ class Division(NamedTuple):
     note: str
     warning: str  # empty where there is nothing to warn of
 
+    def digits(self, paths: Sequence[Path]) -> str:
+        """Sixteen digits that change with the paths of the images that validate."""
+        names = []
+        for path, validates in zip(paths, self.validates, strict=True):
+            if validates:
+                names.append(unicodedata.normalize("NFC", path.as_posix()))
+        return hashlib.sha256(json.dumps(sorted(names)).encode()).hexdigest()[:16]
+
 
 def sequence_and_frame(path: Path) -> tuple[str, int]:
     """What the frames of one video share, and the number of this one: ("town/clip_",
@@ -1102,6 +1110,7 @@ class SegmentationDataset(Dataset):
         left_out: see `SplitFiles`.
         notes: what was found and decided about the files, a sentence each.
         doubts: what makes the split less trustworthy than it should be, a sentence each.
+        division: of a folder without splits, the `Division.digits`; else empty.
         class_file: the file that names the classes; None where the layout does.
         allowed_values: bool [256], which raw values may occur in a mask.
         label_of_value: uint8 [256], from the raw value in a mask to 0..C-1, `VOID` or `IGNORED`.
@@ -1136,6 +1145,7 @@ class SegmentationDataset(Dataset):
         self.left_out: list[Path] = []
         self.notes: list[str] = []
         self.doubts: list[str] = []
+        self.division = ""
         self.class_file: Path | None = None
 
         if values is None:
@@ -1462,12 +1472,14 @@ def open_files(
     check_pairs(files)
     notes = []
     doubts = []
+    digits = ""
     if files.mask_ending:
         example = f"{files.masks[0].name} is that of {files.images[0].name}"
         notes.append(f"the masks are called ...{files.mask_ending}: {example}")
     if flat and files.images and split != "all":
         below = [path.relative_to(files.folder) for path in files.images]
         division = divide_images(below, val_share)
+        digits = division.digits(below)
         files = take_split(files, division, split)
         notes.append(division.note)
         if division.warning:
@@ -1492,6 +1504,7 @@ def open_files(
     dataset.left_out = files.left_out
     dataset.notes = notes
     dataset.doubts = doubts
+    dataset.division = digits
     dataset.check_headers()
     return dataset
 

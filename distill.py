@@ -55,7 +55,15 @@ from torch import Tensor, nn
 
 import data
 from data import IGNORED, MISSING, Sample
-from evaluate import Parser, non_negative, refuse_moved_data, run_main, validate
+from evaluate import (
+    Parser,
+    division_warnings,
+    non_negative,
+    refuse_moved_data,
+    run_main,
+    validate,
+    warn,
+)
 from metrics import ERROR, MEASURES, ensemble_measures
 from model import (
     BACKBONES,
@@ -70,6 +78,7 @@ from model import (
     predicted_class,
     process_group,
     save_atomically,
+    speaks_for_command,
 )
 from train_ensemble import (
     RECIPES,
@@ -833,6 +842,9 @@ def main(args: argparse.Namespace) -> None:
                 f"the teacher knows the classes {', '.join(classes)}, the data has "
                 f"{', '.join(train_set.classes)}; use the teacher's data set"
             )
+        if flags.data is not None and speaks_for_command():
+            for warning in division_warnings(train_set, flags.data, teacher_checkpoint):
+                warn(warning)
 
         if not path.exists():
             num_views = len(train_set) * views_of_work(flags, distillation, len(teacher))

@@ -3841,6 +3841,23 @@ def refuse_moved_data(folder: Path | None) -> None:
         )
 
 
+def division_warnings(
+    dataset: data.SegmentationDataset, folder: Path, checkpoint: dict
+) -> list[str]:
+    """A line where the images of a folder without splits are divided otherwise than they
+    were when the network of a checkpoint was trained on that folder."""
+    trained = checkpoint["config"].get("division")
+    if os.path.abspath(folder) != checkpoint["args"]["data"]:
+        return []
+    if not trained or not dataset.division or dataset.division == trained:
+        return []
+    return [
+        f"since the networks were trained, images of {folder} were added, removed or renamed, and "
+        "other ones are for validation now: the networks may have learned from them, and figures "
+        "flatter; train anew"
+    ]
+
+
 def default_ood(dataset: str, hold_out: list[str]) -> str:
     """The OOD set of --ood without a name: the best one that the data set offers."""
     if dataset == "synthetic":
@@ -4016,7 +4033,10 @@ def main(args: argparse.Namespace) -> None:
             f"{settings.dataset} has {', '.join(dataset.classes)}; "
             "evaluate on the data set they were trained on"
         )
-    for warning in data.split_warnings(dataset, settings.split, training=False):
+    warnings = data.split_warnings(dataset, settings.split, training=False)
+    if settings.data is not None:
+        warnings += division_warnings(dataset, settings.data, checkpoint)
+    for warning in warnings:
         warn(warning)
     ood_sets = open_ood_sets(settings.ood, dataset)
     if args.save_scores is not None and settings.split in [ood.name for ood in ood_sets]:

@@ -1333,7 +1333,7 @@ def rough_time(seconds: float) -> str:
 
 def build_config(dataset: data.SegmentationDataset, flags: TrainingFlags, members: int) -> dict:
     """A checkpoint's `config`: all it takes to rebuild and use the network without a flag."""
-    return {
+    config = {
         "backbone": flags.backbone,
         "classes": dataset.classes,
         "palette": [list(colour) for colour in dataset.palette],
@@ -1344,6 +1344,9 @@ def build_config(dataset: data.SegmentationDataset, flags: TrainingFlags, member
         "measures": [],
         "members": members,
     }
+    if dataset.division:
+        config["division"] = dataset.division
+    return config
 
 
 def build_network(

@@ -212,6 +212,28 @@ def test_training_on_images_that_validate_is_said(tmp_path):
             assert warnings[0].startswith(f"2 of the {count} images of --split {split} are valid")
 
 
+def test_images_that_validate_now_but_did_not_are_said(tmp_path):
+    """A folder grew after the training: figures of images that were learned from, in silence."""
+    names = [f"{video}/{frame}" for video in "abc" for frame in range(2)]
+
+    def warnings(root, names):
+        dataset = open_dataset("folder", write_flat(root, names), "val", val_share=0.3)
+        return evaluate.division_warnings(dataset, root, checkpoint)
+
+    root = write_flat(tmp_path / "x", names)
+    splits = [open_dataset("folder", root, name, val_share=0.3) for name in ("train", "val")]
+    assert splits[0].division == splits[1].division
+    config = {"division": splits[0].division}
+    checkpoint = {"config": config, "args": {"data": str(root)}}
+    assert warnings(root, names) == []
+    video = splits[1].images[0].parent.name
+    (warning,) = warnings(root, [f"{video}/{frame}" for frame in range(2, 30)])
+    assert warning.startswith(f"since the networks were trained, images of {root} were added")
+    assert warnings(tmp_path / "y", ["a_1", "b_1", "c_1"]) == []  # another folder
+    config.pop("division")  # an older checkpoint
+    assert warnings(root, []) == []
+
+
 def test_val_is_for_folders_without_splits(folder, command, tmp_path):
     flags = (*small(folder), "--members", 1, "--out", tmp_path / "c")
     code, _, err = command("train", *flags, "--val", 0.2)
