@@ -4002,9 +4002,8 @@ def main(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     files = find_networks(args.student, args.teacher, args.mc_samples)
     if args.predict is not None and files.student is not None:
-        files = NetworkFiles(
-            files.student, teacher=None, mc_samples=0
-        )  # the student alone predicts
+        # It alone is asked, so the teacher's members need not be read.
+        files = NetworkFiles(files.student, teacher=None, mc_samples=0)
     networks, checkpoint = open_networks(files, device)
     settings = resolve(args, checkpoint, device)
     inference = settings.inference
