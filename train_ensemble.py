@@ -1177,7 +1177,8 @@ def overlap_warnings(
     train_set: data.SegmentationDataset, val_set: data.SegmentationDataset, split: str
 ) -> list[str]:
     """A line where the training split holds images of the validation split, as --split all may."""
-    shared = set(train_set.images) & set(val_set.images)
+    # Drawn scenes have no files, but names.
+    shared = set(train_set.images or train_set.names) & set(val_set.images or val_set.names)
     if not shared:
         return []
     return [

@@ -210,6 +210,9 @@ def test_training_on_images_that_validate_is_said(tmp_path):
             assert warnings == []
         else:
             assert warnings[0].startswith(f"2 of the {count} images of --split {split} are valid")
+    scenes = [data.SyntheticScenes(split) for split in ("train", "val")]
+    assert train_ensemble.overlap_warnings(*scenes, "train") == []
+    assert len(train_ensemble.overlap_warnings(scenes[1], scenes[1], "val")) == 1
 
 
 def test_images_that_validate_now_but_did_not_are_said(tmp_path):
