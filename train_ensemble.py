@@ -1019,8 +1019,10 @@ class SharedLiveLine(LiveLine):
         super().show(" | ".join(part for part in parts if part))
 
     def clear(self) -> None:
-        """Take the part of this process off the line."""
+        """Take the part of this process off the line, and leave the cursor at its beginning."""
         self.show("")
+        if self.active:
+            print("\r", end="", file=sys.stderr, flush=True)
 
 
 class RowOutput:

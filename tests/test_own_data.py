@@ -443,6 +443,8 @@ def test_members_side_by_side_share_one_live_line(monkeypatch):
     lines[0].clear()
     lines[1].clear()
     assert terminal.rows(80)[2:] == [""]
+    print("2 members", file=terminal)  # the parent process, in the end
+    assert terminal.rows(80)[2:] == ["2 members", ""]
 
 
 def test_the_live_line_says_that_it_validates(monkeypatch):
