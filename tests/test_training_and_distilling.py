@@ -465,7 +465,7 @@ def test_members_differ_and_finished_ones_are_kept(trained, command, tmp_path):
     assert not torch.equal(weights(first), weights(second))
     assert torch.equal(weights(second), weights(trained[1] / second.name))
     code, _, err = command("train", *flags, "--members", 2, "--lr", 0.5)
-    assert code == 2 and "lr = 0.05, this command says 0.5" in err and err.count("\n") == 1
+    assert code == 2 and "lr = 0.002, this command says 0.5" in err and err.count("\n") == 1
 
 
 def test_members_side_by_side_are_the_same_and_bad_input_comes_through(folder, trained, tmp_path):
