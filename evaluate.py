@@ -1198,8 +1198,8 @@ def scores_of(networks: Networks) -> list[str]:
 
 def choose_scores(named: list[str] | None, networks: Networks) -> list[str]:
     """The scores whose maps --predict writes: those that --score names or, without it,
-    `msp`, which finds errors best of what is free, and the std. UsageError at a name
-    that is none."""
+    `msp`, which finds errors best of what is free, and `Networks.shown_score`, the std
+    as a rule. UsageError at a name that is none."""
     valid = scores_of(networks)
     if named is None:
         named = ["msp", networks.shown_score(networks.main_name)]
@@ -4227,7 +4227,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="NAME",
         help="the scores that --predict maps, as metrics.json calls them (default: msp, and the "
-        "std: dudes of the student, std of the teacher)",
+        "std: dudes of the student, std of the teacher; of a student that did not learn it, its "
+        "first measure)",
     )
     group.add_argument(
         "--export",

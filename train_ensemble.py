@@ -1798,7 +1798,8 @@ def add_training_flags(parser: argparse.ArgumentParser, unset: str) -> None:
         type=positive(int),
         metavar="N",
         help="epochs from one validation to the next; always after the last one, and --select best "
-        "chooses among those (default: 1, or more where it would take over a tenth of the work)",
+        "chooses among those (default: 1; without --select best more, where it would take over a "
+        "tenth of the work)",
     )
     flag(
         "--select",
