@@ -3354,6 +3354,7 @@ def exit_code_of(function: Callable, *arguments) -> int:
         if message is None:
             raise
         print_to_stderr(f"error: {message}")
+        model.end_with_open_group(EXIT_REFUSED)
         return EXIT_REFUSED
     finally:
         drop_unread_output()

@@ -1063,11 +1063,29 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.init_process_group("nccl")
     else:
         dist.init_process_group("gloo")
+    failed = False
     try:
         with silence(not is_first_process()):
             yield
+    except Exception:
+        failed = True
+        raise
     finally:
-        dist.destroy_process_group()
+        if not failed:  # else see `end_with_open_group`
+            dist.destroy_process_group()
+
+
+def end_with_open_group(exit_code: int) -> None:
+    """End this process at once where a fault left its group open; do nothing where there is none.
+
+    What the fault interrupted still holds the group. Python would take it apart while a
+    thread of the group waits for Python: with gloo of torch 2.11 such a process never ends.
+    """
+    if dist.is_available() and dist.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                stream.flush()
+        os._exit(exit_code)
 
 
 @contextlib.contextmanager
