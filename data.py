@@ -52,7 +52,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, TiffImagePlugin
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 from torchvision.datasets import Cityscapes
@@ -239,16 +239,14 @@ def read_header(kind: str, path: Path) -> Header:
     with open_with_pil(kind, path) as image:
         if kind == "mask":
             check_mask_format(image, path)
-        height = image.height
-        width = image.width
-        # The size of a TIFF file is that of the upright image. And to look for EXIF
-        # data behind the pixels of a PNG file, PIL would read all of it.
-        tag_matters = image.format != "TIFF"
-        if image.format == "PNG":
-            tag_matters = has_metadata(image, path)
+        width, height = image.size
+        if image.format == "TIFF":  # newer versions of PIL give the size of the upright image
+            width = image.tag_v2[TiffImagePlugin.IMAGEWIDTH]
+            height = image.tag_v2[TiffImagePlugin.IMAGELENGTH]
+        # To look for EXIF data behind the pixels of a PNG file, PIL would read all of it.
+        tag_matters = image.format != "PNG" or has_metadata(image, path)
         if tag_matters and orientation_of(image) in QUARTER_TURNS:
-            height = image.width
-            width = image.height
+            height, width = width, height
         return Header(height, width, image.mode)
 
 
