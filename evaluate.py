@@ -925,6 +925,8 @@ def protocol_sentence(protocol: dict) -> str:
     if protocol.get("published"):
         images += f" of {protocol['published']} published"
     void = f"void: {protocol['void']}"
+    if protocol["void"] == "its void":
+        void = "void: that of the evaluation split"
     for reason, number in protocol.get("skipped", {}).items():
         void += f"; skipped {number} {reason}"
     smallest_predicted, smallest_true = protocol["smallest_components"]
@@ -933,7 +935,7 @@ def protocol_sentence(protocol: dict) -> str:
         f"network input {protocol['network_input']}, pooled at native size, float16 scores; "
         f"components from {smallest_predicted} px (true: {smallest_true}); "
         f"images: {protocol['anomalous_images']} with an anomaly "
-        f"against {protocol['normal_images']} without; torch {protocol['torch']}"
+        f"against {protocol['normal_images']} without; torch {protocol['torch']}."
     )
 
 
@@ -1276,7 +1278,9 @@ def prediction_summary(out: Path, input_sizes: Counter, skipped: list[Path]) -> 
     sizes = [f"{size} ({count})" for size, count in input_sizes.most_common(3)]
     if len(input_sizes) > 3:
         sizes.append("...")
-    text = f"{input_sizes.total()} images in {out}; network input {', '.join(sizes)}"
+    count = input_sizes.total()
+    images = "1 image" if count == 1 else f"{count} images"
+    text = f"{images} in {out}; network input {', '.join(sizes)}"
     if skipped:
         names = [path.name for path in skipped[:5]]
         text += f"; {len(skipped)} skipped, not images: {', '.join(names)}"
@@ -2525,9 +2529,9 @@ def operating_section(results: dict) -> Section:
     """What rejecting the most uncertain pixels buys, at each threshold of the recommended score."""
     network = results["recommended"]["network"]
     score = results["recommended"]["score"]
+    name = score.replace("_", " ")
     explanation = (
-        f"To reject uncertain pixels, use {network} {score.replace('_', ' ')}: "
-        f"{results['recommended']['reason']}. "
+        f"To reject uncertain pixels, use {network} {name}: {results['recommended']['reason']}. "
     )
     rows = []
     for point in results["operating_points"].get(score, []):
@@ -2540,7 +2544,7 @@ def operating_section(results: dict) -> Section:
         "equal scores are rejected together. metrics.json has those of every score."
     )
     headings = ["", *(COLUMNS[column].heading for column in OPERATING_COLUMNS)]
-    return Section("operating_points", "What a number means", explanation, headings, rows)
+    return Section("operating_points", f"Reject by {name}", explanation, headings, rows)
 
 
 def operating_sentence(point: dict) -> str:
@@ -2659,7 +2663,7 @@ def sections(results: dict) -> list[Section]:
             "uncertainty",
             "Finding errors",
             "Positive is a wrong pixel; each network is asked for its own errors. The best of each "
-            "network is bold.",
+            f"network is bold. {drawn_scores_sentence()}",
             results["uncertainty"],
             [*detection_columns, "aurc", "ause"],
         ),
@@ -2857,6 +2861,12 @@ DRAWN_SCORES = {"": 0, "dudes": 0, "std": 0, "entropy": 1, ERROR: 2}
 
 
 LOWEST_RECALL = 0.01  # from which on precision is drawn
+
+
+def drawn_scores_sentence() -> str:
+    """Which scores the charts leave to the table."""
+    names = [score for score in DRAWN_SCORES if score]
+    return f"The charts draw {', '.join(names[:-1])} and {names[-1]} alone."
 
 
 def curve_chart(kind: str, results: dict[str, dict]) -> Chart | None:
@@ -3073,13 +3083,20 @@ def percent_text(value: float | None) -> str:
     return "unknown" if value is None else f"{three_digits(100 * value)}\u00a0%"
 
 
+def data_name(protocol: dict) -> str:
+    """What a reader calls the data: the name of the data set, of one's own that of its folder."""
+    if protocol["dataset"] == "folder" and protocol["data"]:
+        return protocol["data"]
+    return protocol["dataset"]
+
+
 def segmentation_sentence(results: dict) -> str:
     """How well the student or, without one, the teacher segments, and what the others reach."""
     protocol = results["protocol"]
     network = results["recommended"]["network"]
     miou = results["segmentation"][network]["miou"]
     text = (
-        f"The {network} segments the {protocol['images']} images of {protocol['dataset']} "
+        f"The {network} segments the {protocol['images']} images of {data_name(protocol)} "
         f"{protocol['split']} with an mIoU of {percent_text(miou)}"
     )
     others = []
@@ -3181,7 +3198,7 @@ def report(results: dict, pictures: Pictures) -> str:
 
     results: the content of metrics.json; pictures: what it shows beside that.
     """
-    title = html.escape(f"Uncertainty report: {results['protocol']['dataset']}")
+    title = html.escape(f"Uncertainty report: {data_name(results['protocol'])}")
     parts = pictures_html(results, pictures)
     body = ""
     for sentence in lead(results):
@@ -3891,6 +3908,7 @@ def run_protocol(
         network_input = f"{height}x{width}"
     return {
         "dataset": settings.dataset,
+        "data": None if settings.data is None else settings.data.resolve().name,
         "split": settings.split,
         "val_share": settings.val_share,
         "images": len(dataset),

@@ -721,7 +721,7 @@ def test_maps_are_not_the_next_runs_images(tmp_path, trained, command):
     student = ("--student", trained[1] / "student.pt", "--predict", photos)
     for _ in range(2):
         code, out, err = command("evaluate", *student, "--out", photos / "maps")
-        assert code == 0 and "\n1 images in" in out, err
+        assert code == 0 and "\n1 image in" in out, err
     code, _, err = command("evaluate", *student, "--out", photos)
     assert code == 2 and f"--out {photos} is the folder of the images" in err
 

@@ -149,14 +149,20 @@ def test_operating_points_of_metrics_json_are_those_of_the_saved_maps(trained, e
     assert recommended["network"] == "student" and recommended["score"] in scores
     point = results["operating_points"][recommended["score"]][1]
     assert evaluate.operating_sentence(point) in page and "Reject 10 %: " in page
+    heading = f"Reject by {recommended['score'].replace('_', ' ')}"
+    assert f"<h2>{heading}</h2>" in page and f"\n{heading} " in evaluate.results_table(results)
     assert Image.open(folder / "reject.png").width > 700
 
 
-def test_the_page_has_a_lead_training_curves_and_the_confusion_matrix(evaluated):
+def test_the_page_has_a_lead_training_curves_and_the_confusion_matrix(trained, evaluated):
     results, page, _, _ = evaluated
+    name = trained[0].name  # of the folder
+    assert results["protocol"]["data"] == name and f"<h1>Uncertainty report: {name}</h1>" in page
+    assert "The charts draw dudes, std, entropy and error alone." in page
+    assert "void: that of the evaluation split;" in page
     sentences = re.findall(r'<p class="lead">(.*?)</p>', page)
     assert len(sentences) == 3
-    assert sentences[0].startswith("The student segments the 3 images of folder val with an mIoU")
+    assert sentences[0].startswith(f"The student segments the 3 images of {name} val with an mIoU")
     assert "undecided on these images" in sentences[1]  # three images decide nothing
     assert sentences[2].startswith("Unknown objects are found best by ")
     for title in ("Training loss", "Validation mIoU", "Confusion matrix"):
