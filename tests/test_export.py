@@ -254,19 +254,26 @@ def test_a_plain_member_has_the_free_scores(tmp_path):
     assert list(metadata["outputs"])[2:] == list(metrics.FREE_SCORES)
 
 
+def network_input(path):
+    """The pixels [3, H, W] in which `Predictor.predict` shows the network of `home` a photo."""
+    photo = Image.open(path).convert("RGB")
+    return data.to_input(photo, data.proportional_size(photo, (48, 72)))
+
+
 def test_a_pt2_file_needs_nothing_of_this_project(home):
     """The page's snippet in a process that cannot import the project."""
-    snippet = fenced_blocks("EXPORT.md", "python")[1]
+    snippet = fenced_blocks("EXPORT.md", "python")[2]
     checks = """
 import sys
 assert not {"model", "evaluate", "metrics"} & sys.modules.keys()
 shapes = {name: list(values.shape) for name, values in outputs.items()}
-print(json.dumps([shapes, metadata]))
+print(json.dumps([shapes, metadata, images.tolist()]))
 """
     words = [sys.executable, "-I", "-W", "ignore", "-c", snippet + checks]
     answer = subprocess.run(words, cwd=home, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
-    shapes, metadata = json.loads(answer.stdout.splitlines()[-1])
+    shapes, metadata, pixels = json.loads(answer.stdout.splitlines()[-1])
+    assert pixels[0] == network_input(home / "photo.jpg").tolist()
     assert shapes["probabilities"] == [1, 5, 48, 77] and shapes["dudes"] == [1, 48, 77]
     assert list(shapes) == list(metadata["outputs"])
     assert metadata["classes"][0] == "road" and metadata["palette"][1] == [10, 0, 255]
@@ -322,8 +329,14 @@ def test_what_cannot_be_exported_is_one_line(home, command, monkeypatch, tmp_pat
 def test_the_snippets_of_the_page_run(home):
     """All but that of the .pt2 file, which `test_a_pt2_file_needs_nothing_of_this_project` runs."""
     blocks = fenced_blocks("EXPORT.md", "python")
-    assert len(blocks) == 3 and "torch.export.load" in blocks[1]
+    assert len(blocks) == 4 and "torch.export.load" in blocks[2]
+    predicted = {}
+    read = {}
     with contextlib.chdir(home):
-        exec(blocks[0], {})
+        exec(blocks[0], predicted)
+        exec(blocks[1], read)
         if has_onnx():
-            exec(blocks[2], {})
+            exported = {}
+            exec(blocks[3], exported)
+            assert (exported["images"][0] == network_input("photo.jpg").numpy()).all()
+    assert np.abs(read["msp"] - predicted["scores"]["msp"]).max() < 0.02  # of --predict in bf16
