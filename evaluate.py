@@ -2411,6 +2411,17 @@ COLUMNS = {  # by the key in metrics.json
     "iou": Column("IoU %", 100),
     "uncertainty": Column("uncertainty", 1),
 }
+TERMS = {  # what the headings mean, for the page; docs/METRICS.md has the definitions
+    "segmentation": "mIoU: overlap of predicted and true pixels, mean over the classes; NLL: mean "
+    "-log of the true class’s probability; Brier: squared error of the probabilities; ECE: gap "
+    "between confidence and accuracy.",
+    "uncertainty": "AUROC: the chance that a wrong pixel scores above a right one; AP: precision, "
+    "averaged over the recall; FPR95: right pixels among the alarms, in % of all right ones, where "
+    "95 % of the wrong ones are found; AURC: error rate of the pixels that are kept, averaged over "
+    "how many are kept; AUSE: what of that a perfect score would save, relative to the error rate.",
+    "ood": "comp. F1: of connected regions, by their overlap; image AUROC: does the 99th "
+    "percentile of an image’s scores tell that it shows an anomaly.",
+}
 NETWORKS = ("student", "teacher", "member")  # in the order of COLOURS, in every chart
 
 
@@ -2655,7 +2666,7 @@ def sections(results: dict) -> list[Section]:
         table_section(
             "segmentation",
             "Segmentation",
-            "Arrows point to the better side; the best is bold.",
+            f"Arrows point to the better side; the best is bold. {TERMS['segmentation']}",
             results["segmentation"],
             ["miou", "pixel_accuracy", "nll", "brier", "ece"],
         ),
@@ -2663,7 +2674,7 @@ def sections(results: dict) -> list[Section]:
             "uncertainty",
             "Finding errors",
             "Positive is a wrong pixel; each network is asked for its own errors. The best of each "
-            f"network is bold. {drawn_scores_sentence()}",
+            f"network is bold. {TERMS['uncertainty']} {drawn_scores_sentence()}",
             results["uncertainty"],
             [*detection_columns, "aurc", "ause"],
         ),
@@ -2674,8 +2685,8 @@ def sections(results: dict) -> list[Section]:
         part = table_section(
             f"ood/{name}",
             f"Anomalies: {name}",
-            "Positive is a pixel, a connected component or an image of what was never trained on. "
-            + protocol,
+            "Positive is a pixel, a connected component or an image of what was never trained on; "
+            f"{TERMS['ood']} {protocol}",
             ood_results,
             [*detection_columns, "component_f1", "image_auroc_p99"],
         )
@@ -3876,6 +3887,20 @@ def division_warnings(
     ]
 
 
+def training_images_warnings(
+    dataset: str, folder: Path | None, split: str, trained_folder: str | None
+) -> list[str]:
+    """A line where --split all takes the very folder that the networks were trained on."""
+    if split != "all" or trained_folder is None or not data.is_flat(dataset, folder, split):
+        return []
+    if folder.resolve() != Path(trained_folder).resolve():
+        return []
+    return [
+        f"--split all takes every image of {folder}, also those that the networks were trained "
+        "on, so that the figures flatter; leave it out, or name other images with --data DIR"
+    ]
+
+
 def default_ood(dataset: str, hold_out: list[str]) -> str:
     """The OOD set of --ood without a name: the best one that the data set offers."""
     if dataset == "synthetic":
@@ -4054,6 +4079,9 @@ def main(args: argparse.Namespace) -> None:
     warnings = data.split_warnings(dataset, settings.split, training=False)
     if settings.data is not None:
         warnings += division_warnings(dataset, settings.data, checkpoint)
+    warnings += training_images_warnings(
+        settings.dataset, settings.data, settings.split, checkpoint["args"]["data"]
+    )
     for warning in warnings:
         warn(warning)
     ood_sets = open_ood_sets(settings.ood, dataset)

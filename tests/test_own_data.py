@@ -99,6 +99,11 @@ def test_the_example_of_the_page_runs(tmp_path, command, monkeypatch):
     member = read_checkpoint(tmp_path / "ckpts-orchard/member_00.pt")
     assert member["args"]["val"] == 0.2
     assert member["args"]["data"] == str(tmp_path / "orchard")
+    here = ("folder", Path("orchard"))
+    trained_folder = member["args"]["data"]
+    [warning] = evaluate.training_images_warnings(*here, "all", trained_folder)
+    assert "every image of orchard, also those that the networks were trained on" in warning
+    assert evaluate.training_images_warnings(*here, "val", trained_folder) == []
 
     # ---- the data set moves
     (tmp_path / "orchard").rename(tmp_path / "moved")
@@ -110,8 +115,8 @@ def test_the_example_of_the_page_runs(tmp_path, command, monkeypatch):
     code, _, err = command("distill", "--teacher", "ckpts-orchard", "--val", 0.5, "--data", "moved")
     assert code == 2 and "the teacher was trained with 0.2" in err
 
-    code, out, _ = command("evaluate", *flags, "--data", "moved", "--split", "all", "--out", "r")
-    assert code == 0 and "folder all: 5 images" in out
+    code, out, err = command("evaluate", *flags, "--data", "moved", "--split", "all", "--out", "r")
+    assert code == 0 and "folder all: 5 images" in out and "were trained" not in err
 
 
 def test_the_page_has_what_the_readme_had_of_layouts_and_ood_sets():

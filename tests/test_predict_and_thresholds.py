@@ -160,6 +160,8 @@ def test_the_page_has_a_lead_training_curves_and_the_confusion_matrix(trained, e
     assert results["protocol"]["data"] == name and f"<h1>Uncertainty report: {name}</h1>" in page
     assert "The charts draw dudes, std, entropy and error alone." in page
     assert "void: that of the evaluation split;" in page
+    for term in ("mIoU", "ECE", "AUROC", "FPR95", "AURC", "AUSE", "comp. F1", "image AUROC"):
+        assert f" {term}: " in page, term  # a page alone says what its figures are
     sentences = re.findall(r'<p class="lead">(.*?)</p>', page)
     assert len(sentences) == 3
     assert sentences[0].startswith(f"The student segments the 3 images of {name} val with an mIoU")
