@@ -2452,14 +2452,16 @@ def three_digits(value: float, sign: str = "") -> str:
 
 def number_text(results: dict, key: str) -> str:
     """A number as text, mean ± standard deviation where it has those, a dash if it is unknown."""
-    numbers = []
-    for ending in ("", "_mean", "_std"):
-        value = results.get(key + ending)
-        if value is not None:
-            numbers.append(three_digits(COLUMNS[key].factor * value))
-    if not numbers:
+    factor = COLUMNS[key].factor
+    mean = results.get(key, results.get(f"{key}_mean"))
+    if mean is None:
         return "–"
-    return " ± ".join(numbers)
+    text = three_digits(factor * mean)
+    spread = results.get(f"{key}_std")
+    if spread is None:
+        return text
+    decimals = len(text.partition(".")[2])
+    return f"{text} ± {factor * spread:.{decimals}f}"
 
 
 def in_order(results: dict[str, dict]) -> list[tuple[str, str, dict]]:

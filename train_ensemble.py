@@ -329,9 +329,12 @@ def check_same(saved: dict, recorded: dict, path: Path) -> None:
         free = free | {"amp", "compile"}  # their defaults follow the device
     for name in sorted((saved.keys() | recorded.keys()) - free):
         if saved.get(name) != recorded.get(name):
-            begun = f"with {name} = {saved.get(name)}"
+            flag = "--" + name.replace("_", "-")
+            if name == "teacher_identity":
+                flag = "the teacher"
+            begun = f"with {flag} {saved.get(name)}"
             if name not in saved:
-                begun = f"by an older version, which had no {name}"
+                begun = f"by an older version, which had no {flag}"
             raise UsageError(
                 f"{path} was begun {begun}, this command says {recorded.get(name)}; use the same "
                 "flags, another --out, or --overwrite to start anew"
@@ -1607,7 +1610,8 @@ def main(args: argparse.Namespace) -> None:
         present = find_members(args.out)
         if world == 1 or len(present) >= len(member_ids):  # of several processes, the last
             draw_curves(args.out)
-        print(f"{len(present)} members in {args.out}; next: python distill.py --teacher {args.out}")
+        members = "1 member" if len(present) == 1 else f"{len(present)} members"
+        print(f"{members} in {args.out}; next: python distill.py --teacher {args.out}")
         surplus = surplus_members(args.out, args.members)
         if surplus:
             print(
