@@ -687,7 +687,9 @@ def endings_after(
     names = names_in[folder]
     stem = unicodedata.normalize("NFC", stem)
     endings = {}
-    for spelled, name in names[bisect.bisect_left(names, (stem,)) :]:
+    first = bisect.bisect_left(names, (stem,))
+    for position in range(first, len(names)):
+        spelled, name = names[position]
         if not spelled.startswith(stem):
             break
         ending = spelled.removeprefix(stem)

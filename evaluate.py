@@ -3384,6 +3384,7 @@ def exit_code_of(function: Callable, *arguments) -> int:
         if message is None:
             raise
         print_to_stderr(f"error: {message}")
+        drop_unread_output()  # which flushes what is read
         model.end_with_open_group(EXIT_REFUSED)
         return EXIT_REFUSED
     finally:

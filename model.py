@@ -1080,11 +1080,9 @@ def end_with_open_group(exit_code: int) -> None:
 
     What the fault interrupted still holds the group. Python would take it apart while a
     thread of the group waits for Python: with gloo of torch 2.11 such a process never ends.
+    What was printed has to be flushed before.
     """
     if dist.is_available() and dist.is_initialized():
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # nobody reads it any more
-                stream.flush()
         os._exit(exit_code)
 
 

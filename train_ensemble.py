@@ -311,10 +311,16 @@ def shown_settings(recorded: dict) -> dict[str, dict]:
         without_effect.update(("unlabelled_depth", "unlabelled_weight"))
     shown = {name: value for name, value in recorded.items() if name not in without_effect}
 
-    groups: dict[str, dict] = {"run": {}}
+    groups: dict[str, dict] = {group: {} for group in ("run", *SETTING_GROUPS)}
+    group_of = {}
     for group, names in SETTING_GROUPS.items():
-        groups[group] = {name: shown.pop(name) for name in names if name in shown}
-    groups["run"] = shown
+        for name in names:
+            group_of[name] = group
+            if name in shown:
+                groups[group][name] = shown[name]
+    for name, value in shown.items():
+        if name not in group_of:
+            groups["run"][name] = value
     return groups
 
 
@@ -1297,19 +1303,22 @@ def warn_of_hours(flags: TrainingFlags, image_size: data.Size, num_views: float)
     seconds = seconds_if_long(flags, num_views)
     if seconds == 0:
         return
-    advice = "fewer --epochs or --members take less in proportion"
+    backbone = flags.backbone
+    size = flags.crop_size
     changes = []
-    if flags.backbone in ("resnet50", "resnet101"):
+    if backbone in ("resnet50", "resnet101"):
+        backbone = "resnet18"
         changes.append("--backbone resnet18")
     height, width = smaller_size(image_size)
-    if height * width < math.prod(flags.crop_size):
+    if height * width < math.prod(size):
+        size = (height, width)
         changes.append(f"--image-size {height} {width}")
-    else:
-        height, width = flags.crop_size
+    advice = "fewer --epochs or --members take less in proportion"
     if changes:
-        backbone = "resnet18" if "--backbone resnet18" in changes else flags.backbone
-        faster = work_of_views(backbone, (height, width), num_views) * time_of_work(flags.amp)
-        advice = f"{' '.join(changes)} takes about {rough_time(faster)}"
+        work = work_of_views(flags.backbone, flags.crop_size, num_views)
+        less_work = work_of_views(backbone, size, num_views)
+        faster = rough_time(seconds * less_work / work)
+        advice = f"{' '.join(changes)} takes about {faster}"
     print(
         f"this will take about {rough_time(seconds)} on this CPU with nothing else to do; {advice}",
         flush=True,

@@ -16,7 +16,6 @@ A study that was stopped continues with the same command. Prints Markdown tables
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from study import print_table, spread
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -325,21 +325,6 @@ class Study:
 
 
 # ------------------------------------------------------------------ tables
-
-
-def spread(values: list[float], factor: float = 100, digits: int = 1) -> str:
-    """Mean and standard deviation of the seeds, times `factor`."""
-    values = [factor * value for value in values]
-    mean = f"{statistics.mean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
-def print_table(head: list[str], rows: list[list[str]]) -> None:
-    print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
 
 
 def print_part(results: dict, ensemble: str, part: str) -> None:

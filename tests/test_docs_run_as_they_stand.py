@@ -110,13 +110,19 @@ def write_pair(image_path, mask_path, labels, image):
         Image.fromarray(pixels).save(path)
 
 
-def write_camvid(root):
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 4), ("val", 2)):
+def scenes(seed, classes, **counts):
+    """(split, number, image, labels) of so many scenes in each split."""
+    rng = np.random.default_rng(seed)
+    for split, count in counts.items():
         for number in range(count):
-            image, labels = scene(rng, (36, 48), 11)
-            name = f"{number}.png"
-            write_pair(root / split / name, root / f"{split}annot" / name, labels, image)
+            image, labels = scene(rng, (36, 48), classes)
+            yield split, number, image, labels
+
+
+def write_camvid(root):
+    for split, number, image, labels in scenes(0, 11, train=4, val=2):
+        name = f"{number}.png"
+        write_pair(root / split / name, root / f"{split}annot" / name, labels, image)
 
 
 def write_road_anomaly(root):
@@ -126,38 +132,30 @@ def write_road_anomaly(root):
 
 
 def write_flat_folder(root):
-    rng = np.random.default_rng(4)
     root.mkdir()
     (root / "classes.txt").write_text("floor\nwall\n")
-    for place in ("hall", "yard", "roof"):
-        for number in range(2):
-            image, labels = scene(rng, (36, 48), 2)
-            name = f"{place}_{number}.png"
-            write_pair(root / "images" / name, root / "labels" / name, labels, image)
+    for place, number, image, labels in scenes(4, 2, hall=2, yard=2, roof=2):
+        name = f"{place}_{number}.png"
+        write_pair(root / "images" / name, root / "labels" / name, labels, image)
 
 
 def write_cityscapes(root):
-    rng = np.random.default_rng(2)
-    for split, count in (("train", 3), ("val", 2)):
-        for number in range(count):
-            image, labels = scene(rng, (36, 48), 3)
-            name = f"aachen_{number:06d}_000019"
-            image_path = root / "leftImg8bit" / split / "aachen" / f"{name}_leftImg8bit.png"
-            mask_path = root / "gtFine" / split / "aachen" / f"{name}_gtFine_labelIds.png"
-            write_pair(image_path, mask_path, labels + 7, image)
+    for split, number, image, labels in scenes(2, 3, train=3, val=2):
+        name = f"aachen_{number:06d}_000019"
+        image_path = root / "leftImg8bit" / split / "aachen" / f"{name}_leftImg8bit.png"
+        mask_path = root / "gtFine" / split / "aachen" / f"{name}_gtFine_labelIds.png"
+        write_pair(image_path, mask_path, labels + 7, image)
 
 
 def write_voc(root):
-    rng = np.random.default_rng(3)
     lists = root / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
-    for split, count in (("train", 3), ("val", 2)):
-        names = [f"{split}_{number}" for number in range(count)]
-        (lists / f"{split}.txt").write_text("\n".join(names))
-        for name in names:
-            image, labels = scene(rng, (36, 48), 3)
-            mask_path = root / "SegmentationClass" / f"{name}.png"
-            write_pair(root / "JPEGImages" / f"{name}.jpg", mask_path, labels, image)
+    for split, number, image, labels in scenes(3, 3, train=3, val=2):
+        name = f"{split}_{number}"
+        with open(lists / f"{split}.txt", "a") as names:
+            names.write(f"{name}\n")
+        mask_path = root / "SegmentationClass" / f"{name}.png"
+        write_pair(root / "JPEGImages" / f"{name}.jpg", mask_path, labels, image)
 
 
 PAGES_TO_RUN = ["README.md", "docs/PAPER.md", "docs/RESULTS.md"]

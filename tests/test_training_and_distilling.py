@@ -94,6 +94,15 @@ def batch_of(flip):
     return Sample(images, labels, torch.tensor([0, 1]), torch.tensor([0, 0]), flips)
 
 
+def student_without_dropout():
+    """A network of three classes that learns the std and draws nothing by lot."""
+    student = DeepLabV3("resnet18", 3, ("std",))
+    for layer in student.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
+    return student
+
+
 ALL = list(MEASURES)
 
 
@@ -291,10 +300,8 @@ def test_every_measure_and_the_probabilities_have_their_own_term():
 def test_images_without_labels_teach_the_uncertainty_and_leave_batch_norm_alone():
     torch.manual_seed(0)
     teacher = Ensemble([DeepLabV3("resnet18", 3) for _ in range(2)])
-    student, labelled = DeepLabV3("resnet18", 3, ("std",)), batch_of(False)
-    for layer in student.modules():
-        if isinstance(layer, torch.nn.Dropout):
-            layer.p = 0.0
+    student = student_without_dropout()
+    labelled = batch_of(False)
     unlabelled = labelled._replace(
         images=255 - labelled.images, labels=torch.full_like(labelled.labels, VOID)
     )
@@ -347,10 +354,8 @@ def test_the_gradient_of_images_without_labels_ends_where_it_is_told(compiled):
         pytest.skip("needs a C++ compiler")
     torch.manual_seed(0)
     teacher = Ensemble([DeepLabV3("resnet18", 3) for _ in range(2)])
-    student, labelled = DeepLabV3("resnet18", 3, ("std",)), batch_of(False)
-    for layer in student.modules():
-        if isinstance(layer, torch.nn.Dropout):
-            layer.p = 0.0
+    student = student_without_dropout()
+    labelled = batch_of(False)
     # The labelled half has no pixel: every gradient is of the other half, or there is none.
     labelled.labels[:] = IGNORED
     unlabelled = labelled._replace(
