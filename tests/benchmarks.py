@@ -867,6 +867,8 @@ def build_training(
         amp=setting.amp,
         backbone=setting.backbone,
         weights="none",
+        batch_size=setting.batch_size,
+        crop_size=setting.image_size,
         accumulate=1,
         epochs=1,
         warmup=0,

@@ -53,8 +53,11 @@ COMMANDS = {"train": train_ensemble, "distill": distill, "evaluate": evaluate}
 
 
 @pytest.fixture
-def command(capsys):
-    """command("train", "--members", 2) -> (exit code, stdout, stderr), in this process."""
+def command(capsys, request):
+    """command("train", "--members", 2) -> (exit code, stdout, stderr), in this process.
+
+    Where a test fails, pytest's report has what every command of it said on stderr.
+    """
 
     def call(name, *flags):
         module = COMMANDS[name]
@@ -63,7 +66,10 @@ def command(capsys):
             code = evaluate.run_main(module.main, module.get_args_parser(), words)
         except SystemExit as stop:
             code = stop.code
-        return code, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        if err:
+            request.node.add_report_section("call", f"stderr of {name}", err)
+        return code, out, err
 
     return call
 

@@ -80,8 +80,10 @@ DETACHED = {
     "confidence, log loss": Detached("confidence", in_logarithms=True),
 }
 
-# Flags of distill.py. The published recipe has the paper's head and the std alone.
+# Flags of distill.py, and `GRADIENT_VIEWS`, which is this study's own. The published recipe has the
+# paper's head and the std alone.
 STRONG = ("--strong-views", "--unlabelled-weight", "0.3")
+GRADIENT_VIEWS = "--gradient-views"
 SINGLE = {
     "published": ("--head", "paper", "--targets", "std"),
     "paper head, four measures": ("--head", "paper"),
@@ -91,10 +93,16 @@ SINGLE = {
         ("--head", "confidence-attached", "--unlabelled-depth", "decoder") + STRONG
     ),
     "attached + strong views, all": ("--head", "confidence-attached") + STRONG,
+    "attached + gradient views": ("--head", "confidence-attached", GRADIENT_VIEWS),
+    "paper + strong views": ("--head", "paper") + STRONG,
+    "paper + gradient views": ("--head", "paper", GRADIENT_VIEWS),
 }
 
+# Flags of both trainings: a process that trains for a minute has no time to compile.
+TRAINING = ("--cache", "cache", "--workers", "1", "--no-compile")
 # Flags of train_ensemble.py, by the name of the ensemble.
 COMMON = ("--dataset", "camvid", "--backbone", "resnet18", "--weights", "none")
+COMMON += ("--validate-every", "10")
 ENSEMBLES = {
     "members": ("--image-size", "180", "240", "--epochs", "30", "--batch-size", "4")
     + ("--lr", "0.05", "--scale", "1", "1"),
@@ -123,6 +131,7 @@ class ManyHeads(nn.Module):
 
 
 project_build_head = model.build_head
+project_distillation_loss = distill.distillation_loss
 
 
 def build_head(name: str, channels: int, num_measures: int) -> nn.Module:
@@ -170,6 +179,41 @@ def many_losses(
     return loss, logs
 
 
+def gradient_loss(
+    network: nn.Module,
+    batch: Sample,
+    targets: distill.TeacherTargets,
+    weights: distill.LossWeights,
+    **_,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`distill.distillation_loss`, and the RMSLE of images that make the members disagree.
+
+    Each image goes a step against the margin of a member, by chance one of them and of a length
+    by chance, between its two likeliest classes. From there the student learns the uncertainty
+    alone.
+    """
+    loss, logs = project_distillation_loss(network, batch, targets, weights)
+    count = len(batch.images)
+    members = targets.teacher.members
+    member = members[int(torch.randint(len(members), ()))]
+    pixels = (batch.images.float() / 255).requires_grad_()
+    with torch.enable_grad():
+        two_largest = member(pixels).logits.topk(2, dim=1).values
+        margin = (two_largest[:, 0] - two_largest[:, 1]).mean()
+    (gradient,) = torch.autograd.grad(margin, pixels)
+    length = torch.empty(count, 1, 1, 1, device=pixels.device).uniform_(2 / 255, 16 / 255)
+    odd = (255 * (pixels.detach() - length * gradient.sign())).round().clamp(0, 255).byte()
+
+    target = targets.run_teacher(odd, odd.shape[-2:], [0], targets.measures)
+    with distill.frozen_statistics(network):
+        uncertainty = network(odd).uncertainty
+    valid = batch.labels != IGNORED
+    pairs = zip(uncertainty.unbind(1), target.unbind(1), strict=True)
+    terms = [distill.rmsle(student, teacher, valid) for student, teacher in pairs]
+    logs["gradient"] = torch.stack(terms).mean()
+    return loss + 0.3 * weights.uncertainty * logs["gradient"], logs
+
+
 def split_heads(path: Path) -> None:
     """A checkpoint for every head of the student of `ManyHeads` at `path`."""
     checkpoint = torch.load(path, weights_only=True)
@@ -205,6 +249,9 @@ def run_command(script: str, flags: list[str]) -> int:
     module = {"distill.py": distill, "evaluate.py": evaluate}[script]
     if "many" in flags:
         distill.distillation_loss = many_losses
+    if GRADIENT_VIEWS in flags:
+        flags.remove(GRADIENT_VIEWS)
+        distill.distillation_loss = gradient_loss
     code = evaluate.run_main(module.main, module.get_args_parser(), flags)
     if "many" in flags and code == 0:
         split_heads(Path(flags[flags.index("--out") + 1]))
@@ -241,11 +288,12 @@ class Study:
         """An ensemble, unless it is there."""
         if len(list((self.out / name).glob("member_*.pt"))) < 5:
             flags = (*COMMON, *ENSEMBLES[name], "--members", 5, "--data", self.data)
-            self.call("train_ensemble.py", *flags, "--cache", "cache", "--out", name)
+            flags += ("--parallel", min(self.jobs, 5))
+            self.call("train_ensemble.py", *flags, *TRAINING, "--out", name)
 
     def train_student(self, ensemble: str, variant: str, seed: int) -> None:
         """A student at `student_path`, or all of `DETACHED` where the variant is "detached"."""
-        flags = ["--teacher", ensemble, "--data", self.data, "--seed", seed, "--cache", "cache"]
+        flags = ["--teacher", ensemble, "--data", self.data, "--seed", seed, *TRAINING]
         flags += ["--views", 1 if ensemble == "members" else 5]
         if variant == "detached":
             path = self.student_path(ensemble, "detached", seed)
@@ -302,13 +350,17 @@ class Study:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-        results = {}
-        for ensemble, singles in (("members", self.variants), ("held_out", HELD_OUT_VARIANTS)):
-            for variant in (*singles, *DETACHED):
-                for part in ("choose", "report"):
-                    seeds = range(self.seeds)
-                    runs = [self.results(ensemble, variant, seed, part) for seed in seeds]
-                    results[ensemble, variant, part] = runs
+            waiting = {}
+            for ensemble, singles in (("members", self.variants), ("held_out", HELD_OUT_VARIANTS)):
+                for variant in (*singles, *DETACHED):
+                    for part in ("choose", "report"):
+                        runs = []
+                        for seed in range(self.seeds):
+                            runs.append(pool.submit(self.results, ensemble, variant, seed, part))
+                        waiting[ensemble, variant, part] = runs
+            results = {}
+            for key, runs in waiting.items():
+                results[key] = [run.result() for run in runs]
         return results
 
     def split_validation(self) -> None:

@@ -558,17 +558,18 @@ def test_the_live_line_counts_columns_not_characters(pseudo_terminal):
 
 def test_a_closed_terminal_is_a_reason_to_save():
     """A terminal was closed, or ssh broke: up to five minutes of a training were lost."""
+    handler_of_tests = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # they may run under nohup
     with train_ensemble.noted_signals() as caught:
         os.kill(os.getpid(), signal.SIGHUP)
         os.kill(os.getpid(), signal.SIGHUP)  # of the kernel and of the shell
         assert caught == [signal.SIGHUP]
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    old_handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     with train_ensemble.noted_signals() as caught:
         os.kill(os.getpid(), signal.SIGHUP)
         assert caught == []
-    assert signal.signal(signal.SIGHUP, old_handler) == signal.SIG_IGN
+    assert signal.signal(signal.SIGHUP, handler_of_tests) == signal.SIG_IGN
 
 
 class HangingUp(torch.utils.data.Dataset):
