@@ -3,27 +3,31 @@
     python distill.py --teacher ckpts/                          # -> ckpts/student.pt
     python distill.py --teacher ckpts/member_00.pt --mc-samples 10      # MC dropout as the teacher
 
-The student learns (Landgraf et al. 2024, doi 10.1007/s41064-024-00280-4)
+The student learns twice. First the whole network learns the classes, from the labels and
+from the teacher's mean probabilities on the very view that it sees itself:
 
-    L = cross_entropy(logits, labels) + w * RMSLE(u_student, u_teacher)
+    L = (cross_entropy + V * KL(teacher's probabilities || student's)) / (1 + V)
+
+Then the network is done, and its uncertainty head learns alone for --head-epochs, on the
+features and the softmax as they are in evaluation. It learns the teacher's standard
+deviation u and further measures (metrics.py), each by
+
     RMSLE = sqrt( mean( (log(1 + u_student) - log(1 + u_teacher))^2 ) )
 
-from the labels and from the teacher's standard deviation u (model.py) on the very view that it
-sees itself: --targets std. With several targets, which is the default, the RMSLE is the
-mean of theirs. With --distill-probs V the cross-entropy is
-
-    (cross_entropy + V * KL(teacher's mean probabilities || student's)) / (1 + V)
-
-The measure "error" is not the teacher's: it is the probability that the student's own class is
-wrong. It is learned from the labels, and takes the place of one more RMSLE in the mean:
+and "error", the probability that the student's own class is wrong, from the labels:
 
     error_loss = mean over labelled pixels of -(e log u + (1 - e) log(1 - u))
     e = 1 where argmax(logits) is not the label, else 0
 
+With --head paper everything is learned at once, as published (Landgraf et al. 2024, doi
+10.1007/s41064-024-00280-4):
+
+    L = cross_entropy + W * RMSLE of the standard deviation
+
 The loop, the loaders and the checkpoints are those of train_ensemble.py.
 
 Outline:
-    loss                distillation_loss and its terms
+    losses              of the segmentation, of the uncertainty head, of both at once
     teacher targets     TeacherTargets: one pass of the teacher, or what is stored of it
     stored targets      TargetCache: the file that keeps them
     the student         views, targets, training
@@ -45,13 +49,14 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import data
 from data import IGNORED, MISSING, Sample
@@ -59,6 +64,7 @@ from evaluate import (
     Parser,
     division_warnings,
     non_negative,
+    positive,
     refuse_moved_data,
     run_main,
     validate,
@@ -82,6 +88,7 @@ from model import (
 )
 from train_ensemble import (
     RECIPES,
+    UNFINISHED,
     WRITTEN,
     TrainingFlags,
     add_training_flags,
@@ -107,107 +114,107 @@ from train_ensemble import (
     wait_for_group,
 )
 
-# What a student learns unless --targets says otherwise; a measure that is added to
+# What each head learns unless --targets says otherwise; a measure that is added to
 # `metrics.MEASURES` is learned where it is asked for.
-DEFAULT_TARGETS = ("std", "entropy", "mutual_information", "msp")
-
-# --------------------------------------------------------------------------------------------- loss
-
-
-class LossWeights(NamedTuple):
-    """How the terms of the student's loss are weighed; --help has what each is for."""
-
-    uncertainty: float  # of the mean of the uncertainties' losses, against 1 of the segmentation
-    probs: float  # of the KL divergence, against 1 of the cross-entropy
-    unlabelled: float = 1.0  # of a pixel of an image without labels, against 1 of any other
-
-
-# Which parts of the network get no gradient from images without labels, by --unlabelled-depth.
-PARTS_WITHOUT_GRADIENT = {
-    "head": ("backbone", "classifier"),
-    "decoder": ("backbone",),
-    "all": (),
+DEFAULT_TARGETS = {
+    "confidence": ("std", "entropy", "mutual_information", "msp", ERROR),
+    "paper": ("std",),
 }
+
+# ------------------------------------------------------------------------------------------- losses
+
+
+def student_segmentation_loss(
+    student: nn.Module, batch: Sample, targets: "TeacherTargets", probs_weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of the segmentation alone, and its terms for the log."""
+    probs = None
+    if probs_weight > 0:
+        probs = targets.for_batch(batch).probs
+    logits = student(batch.images).logits
+    return segmentation_loss(logits, batch.labels, probs, probs_weight)
+
+
+def head_loss(
+    student: nn.Module, batch: Sample, targets: "TeacherTargets"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of the uncertainty head alone, and its terms for the log.
+
+    The network is as it is in evaluation: its dropout is off, and its batch norms take the
+    running statistics and leave them alone.
+    """
+    student.eval()
+    target = targets.for_batch(batch)
+    logits, uncertainty = student(batch.images)
+    return uncertainty_loss(uncertainty, logits, batch.labels, target.uncertainty)
 
 
 def distillation_loss(
-    model: nn.Module,
+    student: nn.Module,
     batch: Sample,
     targets: "TeacherTargets",
-    weights: LossWeights,
-    has_unlabelled: bool = False,
-    unlabelled_depth: str = "all",
+    uncertainty_weight: float,
+    probs_weight: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The student's loss of a batch, and its terms for the log.
+    """The published loss of segmentation and uncertainty at once, and its terms for the log."""
+    target = targets.for_batch(batch)
+    logits, uncertainty = student(batch.images)
+    loss, logs = segmentation_loss(logits, batch.labels, target.probs, probs_weight)
+    loss_of_head, logs_of_head = uncertainty_loss(
+        uncertainty, logits, batch.labels, target.uncertainty
+    )
+    return loss + uncertainty_weight * loss_of_head, logs | logs_of_head
 
-    Void pixels (255) have no label, but the teacher has an uncertainty there: they enter the
-    RMSLE alone. Padding and held-out classes (254) enter nothing. has_unlabelled: the batch
-    was made by `data.PairedViews`, and the images without labels enter the RMSLE alone;
-    unlabelled_depth: how deep their gradient goes, a key of `PARTS_WITHOUT_GRADIENT`.
 
-    The student's channels are the teacher's measures and last, where it is learned, `ERROR`.
+def segmentation_loss(
+    logits: Tensor, labels: Tensor, probs: Tensor | None, probs_weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy with the labels and, with probs_weight > 0, the divergence from `probs`.
+
+    logits, probs [B, C, H, W]; labels uint8 [B, H, W]. Void pixels (255) have no label, but the
+    teacher has probabilities there. Padding and held-out classes (254) enter nothing.
     """
-    labelled = batch
-    if has_unlabelled:
-        labelled, unlabelled = data.split_pairs(batch)
+    ce = cross_entropy(logits, labels)
+    if probs_weight == 0:
+        return ce, {"ce": ce}
+    kl = kl_divergence(logits, probs, labels != IGNORED)
+    # A weighted mean, so that the loss keeps its scale and the learning rate fits.
+    return (ce + probs_weight * kl) / (1 + probs_weight), {"ce": ce, "kl": kl}
 
-    # ---- segmentation
-    target = targets.for_batch(labelled)
-    logits, uncertainty = model(labelled.images)
-    valid = labelled.labels != IGNORED  # [B, H, W]
-    ce = cross_entropy(logits, labelled.labels)
-    segmentation_loss = ce
-    logs = {"ce": ce}
-    if weights.probs > 0:
-        kl = kl_divergence(logits, target.probs, valid)
-        # A weighted mean, so that the loss keeps its scale and the learning rate fits.
-        segmentation_loss = (ce + weights.probs * kl) / (1 + weights.probs)
-        logs["kl"] = kl
 
-    # ---- the student's own errors
+def uncertainty_loss(
+    uncertainty: Tensor, logits: Tensor, labels: Tensor, target: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean of the measures' losses.
+
+    uncertainty [B, T or T + 1, H, W] has the teacher's measures and then, where it is learned,
+    `ERROR`; logits [B, C, H, W]; labels uint8 [B, H, W]; target [B, T, H, W]. Void pixels (255)
+    enter the RMSLE and not the error; padding and held-out classes (254) enter nothing.
+    """
+    logs = {}
     error_terms = []
-    num_measures = target.uncertainty.shape[1]
+    num_measures = target.shape[1]
     if uncertainty.shape[1] > num_measures:
-        predicted_error = uncertainty[:, num_measures]  # [B, H, W]
-        error_terms = [error_loss(predicted_error, logits, labelled.labels)]
+        error_terms = [error_loss(uncertainty[:, num_measures], logits, labels)]
         logs["error"] = error_terms[0]
 
-    # ---- the teacher's uncertainty, which images without labels have too
-    student_uncertainty = uncertainty[:, :num_measures]
-    target_uncertainty = target.uncertainty
-    pixel_weights = valid
-    if has_unlabelled:
-        with (
-            frozen_statistics(model),
-            without_gradient(model, PARTS_WITHOUT_GRADIENT[unlabelled_depth]),
-        ):
-            unlabelled_uncertainty = model(unlabelled.images).uncertainty[:, :num_measures]
-        unlabelled_target = targets.for_batch(unlabelled).uncertainty
-        is_padding = unlabelled.labels == IGNORED
-        unlabelled_weights = torch.where(is_padding, 0.0, weights.unlabelled)
-        student_uncertainty = torch.cat([student_uncertainty, unlabelled_uncertainty])
-        target_uncertainty = torch.cat([target_uncertainty, unlabelled_target])
-        pixel_weights = torch.cat([valid.float(), unlabelled_weights])
+    valid = labels != IGNORED  # [B, H, W]
     rmsle_terms = []
     for channel in range(num_measures):
-        term = rmsle(student_uncertainty[:, channel], target_uncertainty[:, channel], pixel_weights)
-        rmsle_terms.append(term)
+        rmsle_terms.append(rmsle(uncertainty[:, channel], target[:, channel], valid))
     logs["rmsle"] = torch.stack(rmsle_terms).mean()
-
     # Every measure, `ERROR` too, has the same part of the weight.
-    uncertainty_loss = torch.stack(rmsle_terms + error_terms).mean()
-    return segmentation_loss + weights.uncertainty * uncertainty_loss, logs
+    return torch.stack(rmsle_terms + error_terms).mean(), logs
 
 
-def rmsle(student: Tensor, teacher: Tensor, pixel_weights: Tensor) -> Tensor:
-    """Root mean squared logarithmic error over the pixels, float32.
+def rmsle(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+    """Root mean squared logarithmic error over the valid pixels, float32.
 
-    student, teacher [B, H, W] in [0, 1]; pixel_weights [B, H, W]: which pixels count (bool),
-    or how much each of them counts. The epsilon keeps the root's gradient finite at 0.
-    Where no pixel counts the result is 1e-6.
+    student, teacher [B, H, W] in [0, 1]; valid bool [B, H, W]. The epsilon keeps the root's
+    gradient finite at 0. Where no pixel is valid the result is 1e-6.
     """
     difference = torch.log1p(student.float()) - torch.log1p(teacher.float())
-    return (weighted_mean(difference.square(), pixel_weights) + 1e-12).sqrt()
+    return (mean_of_valid(difference.square(), valid) + 1e-12).sqrt()
 
 
 def error_loss(predicted_error: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
@@ -222,7 +229,7 @@ def error_loss(predicted_error: Tensor, logits: Tensor, labels: Tensor) -> Tenso
     # A sigmoid in float32 ends in exactly 0 or 1, whose logarithm would be infinite.
     probability = predicted_error.float().clamp(1e-6, 1 - 1e-6)
     terms = -torch.where(wrong, probability, 1 - probability).log()
-    return weighted_mean(terms, labelled)
+    return mean_of_valid(terms, labelled)
 
 
 def kl_divergence(logits: Tensor, probs: Tensor, valid: Tensor) -> Tensor:
@@ -232,51 +239,14 @@ def kl_divergence(logits: Tensor, probs: Tensor, valid: Tensor) -> Tensor:
     """
     probs = probs / probs.sum(dim=1, keepdim=True)  # stored ones are rounded
     terms = torch.xlogy(probs, probs) - probs * logits.float().log_softmax(dim=1)
-    return weighted_mean(terms.sum(dim=1), valid)
+    return mean_of_valid(terms.sum(dim=1), valid)
 
 
-def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """The mean of the values of all processes, 0 where none counts.
-
-    weights: bool, which values count, or numbers, how much each of them counts.
-    """
-    total = sum_over_processes((values * weights).sum())
-    total_weight = sum_over_processes(weights.sum())
-    return total / total_weight.clamp(min=1)
-
-
-@contextlib.contextmanager
-def frozen_statistics(network: nn.Module) -> Iterator[None]:
-    """Batch norm as in evaluation: images that are unlike the training set do not change it."""
-    layers = []
-    for layer in network.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
-            layers.append(layer)
-    try:
-        for layer in layers:
-            layer.eval()
-        yield
-    finally:
-        for layer in layers:
-            layer.train()
-
-
-@contextlib.contextmanager
-def without_gradient(network: nn.Module, parts: tuple[str, ...]) -> Iterator[None]:
-    """What the network computes meanwhile passes no gradient to those parts of a `DeepLabV3`."""
-    frozen = []
-    for name, parameter in network.named_parameters():
-        # "backbone.conv1.weight"; a wrapped network has a "module." or the like in front
-        words = name.split(".")
-        if any(part in words for part in parts):
-            frozen.append(parameter)
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+def mean_of_valid(values: Tensor, valid: Tensor) -> Tensor:
+    """The mean of the valid values of all processes, 0 where there are none; valid: bool."""
+    total = sum_over_processes((values * valid).sum())
+    count = sum_over_processes(valid.sum())
+    return total / count.clamp(min=1)
 
 
 # ---------------------------------------------------------------------------------- teacher targets
@@ -557,14 +527,27 @@ class DistillationFlags(NamedTuple):
     measures: list[str]  # of the teacher, each name once
     learns_error: bool  # whether `ERROR` is learned too
     head: str
+    head_epochs: int  # 0 with the paper's head
     views: int
     uncertainty_weight: float
     distill_probs: float
-    strong_views: bool
-    extra: Path | None
-    unlabelled_depth: str
-    unlabelled_weight: float
     jitter: float  # strength of the colour jitter, from the recipe
+
+    def channels(self) -> tuple[str, ...]:
+        """What the student's channels are: the teacher's measures in their order, then `ERROR`."""
+        if self.learns_error:
+            return (*self.measures, ERROR)
+        return tuple(self.measures)
+
+
+class Lessons(NamedTuple):
+    """What a student learns from, and what it is validated on."""
+
+    train_loader: DataLoader
+    val_loader: DataLoader
+    targets: "TeacherTargets"
+    num_classes: int
+    val_has_one_size: bool
 
 
 def train_student(
@@ -576,64 +559,128 @@ def train_student(
     distillation: DistillationFlags,
 ) -> None:
     """Train the student and write it to `path`."""
-    # ---------------------------------------------------------------- student and optimiser
-    # `ERROR` is the last channel: those before it are the teacher's targets, in their order.
-    measures = list(distillation.measures)
-    if distillation.learns_error:
-        measures.append(ERROR)
-    stream = random_stream(flags.seed, "student", 0)
-    num_classes = len(train_set.classes)
-    student = build_network(
-        flags, stream.torch_seed, num_classes, tuple(measures), distillation.head
-    )
-    # The loss takes the mean of the measures, so each has its part of the weight. With weight 0
-    # the head learns nothing, and its rate does not matter.
-    weight_of_measure = 1.0
-    if distillation.uncertainty_weight > 0:
-        weight_of_measure = distillation.uncertainty_weight
-    weight_of_measure /= len(measures)
-    optimizer = build_optimizer(
-        student, flags.lr, flags.head_lr_mult, flags.weight_decay, weight_of_measure
-    )
-
     # ---------------------------------------------------------------- views and their targets
     targets_path = path.with_suffix(".targets.npy")
+    stream = random_stream(flags.seed, "student", 0)
     views = build_views(flags, distillation, train_set, stream.view_seeds, targets_path)
     train_loader, val_loader = build_loaders(flags, views, val_set)
     teacher.to(flags.device, memory_format=torch.channels_last)
     if flags.compile:
         teacher.compile_for_one_size()
     targets = open_targets(teacher, flags, distillation, views, val_set, path)
+    lessons = Lessons(
+        train_loader, val_loader, targets, len(train_set.classes), val_set.has_one_size()
+    )
 
     # ---------------------------------------------------------------- training
-    weights = LossWeights(
-        uncertainty=distillation.uncertainty_weight,
-        probs=distillation.distill_probs,
-        unlabelled=distillation.unlabelled_weight,
-    )
-    loss_fn = functools.partial(
-        distillation_loss,
-        targets=targets,
-        weights=weights,
-        has_unlabelled=isinstance(views, data.PairedViews),
-        unlabelled_depth=distillation.unlabelled_depth,
-    )
-    validation = functools.partial(
-        validate,
-        loader=val_loader,
-        device=flags.device,
-        amp=flags.amp,
-        teacher_target=targets.for_validation,
-        one_size=flags.compile and val_set.has_one_size(),
-    )
-    weights, entry = fit(student, optimizer, loss_fn, train_loader, validation, flags, path)
+    if distillation.head == "paper":
+        weights, entry = train_at_once(path, lessons, flags, distillation)
+    else:
+        weights, entry = train_in_turn(path, lessons, flags, distillation)
     config = build_config(train_set, flags, members=1)
     config |= {
-        "measures": measures,
+        "measures": list(distillation.channels()),
         "head": distillation.head,
         "teacher_members": len(teacher),
     }
     save_checkpoint(path, weights, entry, config, flags.recorded)
+    if is_first_process():
+        remove_files(path_of_head(path), UNFINISHED)
+
+
+def train_at_once(
+    path: Path, lessons: Lessons, flags: TrainingFlags, distillation: DistillationFlags
+) -> tuple[dict[str, Tensor], dict]:
+    """The published training: one loss for segmentation and uncertainty. Returns as `fit` does."""
+    channels = distillation.channels()
+    seed = random_stream(flags.seed, "student", 0).torch_seed
+    student = build_network(flags, seed, lessons.num_classes, channels, distillation.head)
+    # The loss takes the mean of the measures, so each has its part of the weight. With weight 0
+    # the head learns nothing, and its rate does not matter.
+    weight_of_measure = 1.0
+    if distillation.uncertainty_weight > 0:
+        weight_of_measure = distillation.uncertainty_weight
+    weight_of_measure /= len(channels)
+    optimizer = build_optimizer(
+        student, flags.lr, flags.head_lr_mult, flags.weight_decay, weight_of_measure
+    )
+    loss_fn = functools.partial(
+        distillation_loss,
+        targets=lessons.targets,
+        uncertainty_weight=distillation.uncertainty_weight,
+        probs_weight=distillation.distill_probs,
+    )
+    validation = build_validation(lessons, flags, with_uncertainty=True)
+    return fit(student, optimizer, loss_fn, lessons.train_loader, validation, flags, path)
+
+
+# Of Adam, for `ConfidenceHead`. It does not depend on the network's own rate and optimiser.
+HEAD_LR = 1e-3
+
+
+def train_in_turn(
+    path: Path, lessons: Lessons, flags: TrainingFlags, distillation: DistillationFlags
+) -> tuple[dict[str, Tensor], dict]:
+    """First the segmentation, then the uncertainty head alone. Returns as `fit` does.
+
+    Each has a log and, while it runs, a state of its own. A command that finds the first one
+    finished goes on with the second.
+    """
+    # ---------------------------------------------------------------- segmentation
+    seed = random_stream(flags.seed, "student", 0).torch_seed
+    student = build_network(flags, seed, lessons.num_classes)
+    optimizer = build_optimizer(student, flags.lr, flags.head_lr_mult, flags.weight_decay)
+    loss_fn = functools.partial(
+        student_segmentation_loss,
+        targets=lessons.targets,
+        probs_weight=distillation.distill_probs,
+    )
+    validation = build_validation(lessons, flags, with_uncertainty=False)
+    weights, entry = fit(student, optimizer, loss_fn, lessons.train_loader, validation, flags, path)
+
+    # ---------------------------------------------------------------- uncertainty head
+    student.load_state_dict(weights)
+    student.requires_grad_(False)
+    torch.manual_seed(random_stream(flags.seed, "head", 0).torch_seed)
+    student.add_uncertainty(distillation.channels(), distillation.head)
+    parameters = list(student.uncertainty.parameters())
+    optimizer = torch.optim.Adam([{"params": parameters, "lr_mult": 1.0}], HEAD_LR)
+    loss_fn = functools.partial(head_loss, targets=lessons.targets)
+    validation = build_validation(lessons, flags, with_uncertainty=True)
+    flags_of_head = flags._replace(
+        epochs=distillation.head_epochs,
+        lr=HEAD_LR,
+        warmup=0,
+        validate_every=distillation.head_epochs,
+        select="last",
+    )
+    weights, _ = fit(
+        student,
+        optimizer,
+        loss_fn,
+        lessons.train_loader,
+        validation,
+        flags_of_head,
+        path_of_head(path),
+    )
+    return weights, entry
+
+
+def path_of_head(path: Path) -> Path:
+    """Beside which the log and the state of the head's own training lie; no file has this name."""
+    return path.with_name(f"{path.stem}-head.pt")
+
+
+def build_validation(lessons: Lessons, flags: TrainingFlags, with_uncertainty: bool) -> Callable:
+    """`evaluate.validate` of a network; with its uncertainty against the teacher's, or without."""
+    return functools.partial(
+        validate,
+        loader=lessons.val_loader,
+        device=flags.device,
+        amp=flags.amp,
+        teacher_target=lessons.targets.for_validation if with_uncertainty else None,
+        one_size=flags.compile and lessons.val_has_one_size,
+    )
 
 
 def build_views(
@@ -642,34 +689,28 @@ def build_views(
     train_set: data.SegmentationDataset,
     view_seeds: list[int],
     targets_path: Path,
-) -> data.TrainingViews | data.PairedViews:
-    """The student's training views; with --strong-views or --extra in pairs.
+) -> data.TrainingViews:
+    """The student's training views.
 
     targets_path: where their targets are kept, with --views, from the first batch on.
     """
-    settings = (
+    stored = targets_path if distillation.views > 0 else None
+    return data.TrainingViews(
+        train_set,
         flags.crop_size,
         flags.scale,
         view_seeds,
         distillation.views,
         distillation.jitter,
+        stored,
     )
-    stored = targets_path if distillation.views > 0 else None
-    labelled = data.TrainingViews(train_set, *settings, stored)
-    if not (distillation.strong_views or distillation.extra):
-        return labelled
-    extra = None
-    if distillation.extra:
-        images = data.open_images("--extra", distillation.extra, flags.image_size)
-        extra = data.TrainingViews(images, *settings)
-    return data.PairedViews(labelled, extra, distillation.strong_views)
 
 
 def open_targets(
     teacher: Ensemble,
     flags: TrainingFlags,
     distillation: DistillationFlags,
-    views: data.TrainingViews | data.PairedViews,
+    views: data.TrainingViews,
     val_set: data.SegmentationDataset,
     path: Path,
 ) -> TeacherTargets:
@@ -687,8 +728,8 @@ def open_targets(
     if distillation.views > 0:
         if with_probs:
             largest += [1.0] * len(val_set.classes)
-        kept_views = min(distillation.views, flags.epochs)
-        shape = (kept_views, views.num_target_rows(), len(largest), *flags.crop_size)
+        kept_views = min(distillation.views, flags.epochs + distillation.head_epochs)
+        shape = (kept_views, len(views.dataset), len(largest), *flags.crop_size)
         train_path = path.with_suffix(".targets.npy")
         train_cache = open_cache(train_path, shape, largest, identity, flags.device)
     return TeacherTargets(teacher, measures, with_probs, flags.amp, train_cache, val_cache)
@@ -696,7 +737,7 @@ def open_targets(
 
 def cache_identity(
     flags: TrainingFlags,
-    views: data.TrainingViews | data.PairedViews,
+    views: data.TrainingViews,
     val_set: data.SegmentationDataset,
 ) -> dict:
     """All that stored targets depend on; where it differs they are of another teacher or view.
@@ -707,7 +748,7 @@ def cache_identity(
     identity = {
         "stream": views.stream,
         "jitter": views.jitter,
-        "indices": views.num_target_rows(),
+        "indices": len(views.dataset),
         "train_images": data.fingerprint(views.dataset.images),
         "val_images": data.fingerprint(val_set.images),
     }
@@ -723,12 +764,9 @@ def cache_identity(
         "batch_size",
         "targets",
         "distill_probs",
-        "strong_views",
     )
     for name in recorded:
         identity[name] = flags.recorded[name]
-    if isinstance(views, data.PairedViews) and views.extra:
-        identity["extra"] = data.fingerprint(views.extra.dataset.images)
     return identity
 
 
@@ -788,16 +826,42 @@ def inherit_from_teacher(command: dict, checkpoint: dict) -> dict:
     return flags
 
 
+def choose_lessons(command: dict) -> dict:
+    """The flags with what the head decides: --targets and, with the paper's head, the weights.
+
+    Raises UsageError at a flag that the other head has.
+    """
+    flags = dict(command)
+    head = flags["head"]
+    targets = flags["targets"] or DEFAULT_TARGETS[head]
+    flags["targets"] = list(dict.fromkeys(targets))  # each once, in the order named
+    if head == "paper":
+        if flags["head_epochs"] is not None:
+            raise UsageError(
+                f"--head-epochs {flags['head_epochs']}: the paper's head learns with the rest of "
+                "the network; leave it out, or use --head confidence"
+            )
+        flags["head_epochs"] = 0
+        if flags["distill_probs"] is None:
+            flags["distill_probs"] = 0.0
+    else:
+        if flags["uncertainty_weight"] is not None:
+            raise UsageError(
+                f"--uncertainty-weight {flags['uncertainty_weight']:g}: the {head} head learns "
+                "alone, so nothing is weighed against it; leave it out, or use --head paper"
+            )
+        flags["uncertainty_weight"] = 0.0
+    return flags
+
+
 def views_of_work(flags: TrainingFlags, distillation: DistillationFlags, members: int) -> float:
     """The work on one image in training steps of a view: those of the student in all epochs, and
-    the teacher's passes, each of a member a third of a step."""
-    views_of_teacher = flags.epochs  # a new one in each
+    a third of a step for each pass of a member and for each view that the head learns alone."""
+    views_of_teacher = flags.epochs + distillation.head_epochs  # a new one in each
     if distillation.views > 0:
-        views_of_teacher = min(distillation.views, flags.epochs)
-    passes = members * views_of_teacher
-    in_pairs = bool(distillation.strong_views or distillation.extra)
-    views = flags.epochs + passes / 3
-    return 2 * views if in_pairs else views
+        views_of_teacher = min(distillation.views, views_of_teacher)
+    passes = members * views_of_teacher + distillation.head_epochs
+    return flags.epochs + passes / 3
 
 
 def main(args: argparse.Namespace) -> None:
@@ -805,8 +869,7 @@ def main(args: argparse.Namespace) -> None:
     teacher, teacher_checkpoint = load_ensemble(args.teacher, args.mc_samples)
     inherited = inherit_from_teacher(vars(args), teacher_checkpoint)
     recipe = RECIPES[inherited["dataset"]]
-    resolved = resolve_flags(inherited, recipe)
-    resolved["targets"] = list(dict.fromkeys(args.targets))  # each once, in the order named
+    resolved = resolve_flags(choose_lessons(inherited), recipe)
     measures = [name for name in resolved["targets"] if name != ERROR]
     if not measures:
         raise UsageError(
@@ -819,13 +882,10 @@ def main(args: argparse.Namespace) -> None:
         measures=measures,
         learns_error=ERROR in resolved["targets"],
         head=resolved["head"],
+        head_epochs=resolved["head_epochs"],
         views=resolved["views"],
         uncertainty_weight=resolved["uncertainty_weight"],
         distill_probs=resolved["distill_probs"],
-        strong_views=resolved["strong_views"],
-        extra=resolved["extra"],
-        unlabelled_depth=resolved["unlabelled_depth"],
-        unlabelled_weight=resolved["unlabelled_weight"],
         jitter=recipe["jitter"],
     )
     path = args.out or member_files(args.teacher)[0].with_name("student.pt")
@@ -862,6 +922,7 @@ def main(args: argparse.Namespace) -> None:
         with lock:
             if args.overwrite and is_first_process():
                 remove_files(path, WRITTEN)
+                remove_files(path_of_head(path), WRITTEN)
             wait_for_group(flags.device)
             refuse_other_command(path, flags.recorded)
             if path.exists():
@@ -881,6 +942,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     student_defaults = {
         "student_epochs_factor": "epochs, times a member's",
         "views": "views",
+        "distill_probs": "distill-probs",
+        "head_epochs": "head-epochs",
         "uncertainty_weight": "uncertainty-weight",
     }
     parser = Parser(
@@ -917,64 +980,41 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--targets",
         nargs="+",
         choices=[*MEASURES, ERROR],
-        default=list(DEFAULT_TARGETS),
         metavar="MEASURE",
-        help="what to learn, a channel each: of the teacher std (the paper's only one), entropy, "
-        "mutual_information, msp; of the labels error, the probability that the student's class "
-        "is wrong, with the same weight (default: the teacher's four)",
+        help="what to learn, a channel each: of the teacher std, entropy, mutual_information, "
+        "msp; of the labels error, the probability that the student's class is wrong (default: "
+        "all five; with --head paper std, the paper's only one)",
     )
     flag(
         "--head",
         choices=HEADS,
-        default="paper",
-        help="what predicts the uncertainty: paper, a 1x1 convolution of the features; confidence, "
-        "three layers on features that it leaves as they are, added to two weights a measure on "
-        "the log-odds of the student's own softmax, at full resolution. For studies: "
-        "confidence-1x1 has one layer, confidence-attached lets the features learn from the "
-        "uncertainty (default: paper)",
+        default=HEADS[0],
+        help="what predicts the uncertainty. confidence: weighs the student's own softmax, at "
+        "full resolution, by what the features show; it learns alone, when the network is done. "
+        "paper: a 1x1 convolution of the features, which learns with the network (default: "
+        f"{HEADS[0]})",
+    )
+    flag(
+        "--head-epochs",
+        type=positive(int),
+        metavar="N",
+        help="epochs of the confidence head alone, each of which costs a third of another one "
+        "(default: the recipe's, below)",
     )
     flag(
         "--distill-probs",
         type=non_negative(float),
-        default=0.0,
-        metavar="WEIGHT",
+        metavar="V",
         help="weight of the KL divergence from the teacher's mean probabilities, against 1 of the "
-        "cross-entropy, in their mean (default: 0)",
+        "cross-entropy, in their mean. Kept targets take a byte more for each class and pixel "
+        "(default: the recipe's, below; 0 with --head paper)",
     )
     flag(
         "--uncertainty-weight",
         type=non_negative(float),
         metavar="W",
-        help="weight of the RMSLE; the paper's is 1 (default: the recipe's, below)",
-    )
-    flag(
-        "--strong-views",
-        action="store_true",
-        help="beside every view one in other colours, blurred, noisy, with misplaced pieces, from "
-        "which the student learns the teacher's uncertainty alone; twice the work",
-    )
-    flag(
-        "--extra",
-        type=Path,
-        metavar="DIR",
-        help="images without labels, used as --strong-views are: beside every view one of them, "
-        "drawn by lot; with both flags, one or the other (default: none)",
-    )
-    flag(
-        "--unlabelled-depth",
-        choices=PARTS_WITHOUT_GRADIENT,
-        default="all",
-        help="what learns from images of --strong-views and --extra: the uncertainty head, the "
-        "decoder too, or all of the network. A head whose features are detached (confidence, "
-        "confidence-1x1) learns alone whatever this says (default: all)",
-    )
-    flag(
-        "--unlabelled-weight",
-        type=non_negative(float),
-        default=1.0,
-        metavar="W",
-        help="how much a pixel of those images counts in the RMSLE, against 1 of a labelled image "
-        "(default: 1)",
+        help="with --head paper: weight of the RMSLE; the paper's is 1 (default: the recipe's, "
+        "below)",
     )
     flag("--dataset", choices=data.DATASETS, help="(default: the teacher's)")
     flag("--backbone", choices=BACKBONES, help="(default: the teacher's)")

@@ -7,9 +7,9 @@ The teacher is M independently trained networks. With the softmax taken after th
 
 is its mean prediction and its predictive uncertainty (Landgraf et al. 2024, doi
 10.1007/s41064-024-00280-4). The student predicts u in the pass that predicts the
-classes, by one of two heads: `PaperHead`, a 1x1 convolution and a sigmoid on the
-decoder's features, or `ConfidenceHead`, which adds to that what the student's own
-softmax says.
+classes, by one of two heads: `ConfidenceHead`, which weighs what the student's own
+softmax says by what the decoder's features show, or `PaperHead`, a 1x1 convolution
+and a sigmoid on these features.
 
     from model import load_model
     network = load_model("ckpts/student.pt")           # eval mode, on the CPU
@@ -20,7 +20,7 @@ evaluate.py's `load_model` gives the same network with a name for everything tha
 
 Outline:
     the network         DeepLabV3 and its parts
-    uncertainty heads   PaperHead, ConfidenceHead
+    uncertainty heads   ConfidenceHead, PaperHead
     initial weights     ImageNet, a file, or none
     the ensemble        mean probabilities and predictive uncertainty, streamed; MC dropout
     checkpoints         save, read, rebuild a network, rebuild an ensemble
@@ -111,7 +111,7 @@ class DeepLabV3(nn.Module):
     ):
         super().__init__()
         self.num_classes = num_classes
-        self.measures = tuple(measures)
+        self.measures: tuple[str, ...] = ()
         self.classes: tuple[str, ...] = ()
         self.palette: tuple[RGB, ...] = ()
         self.image_size: Size | None = None
@@ -125,14 +125,23 @@ class DeepLabV3(nn.Module):
 
         self.uncertainty = None
         if measures:
-            channels = self.classifier[-1].in_channels
-            self.uncertainty = build_head(head, channels, len(measures))
+            self.add_uncertainty(measures, head)
 
         # Not in the weights: a checkpoint names them in its configuration.
         rgb_mean = torch.tensor(rgb_mean).view(1, 3, 1, 1)
         rgb_std = torch.tensor(rgb_std).view(1, 3, 1, 1)
         self.register_buffer("rgb_mean", rgb_mean, persistent=False)
         self.register_buffer("rgb_std", rgb_std, persistent=False)
+
+    def add_uncertainty(self, measures: tuple[str, ...], head: str) -> None:
+        """Give the network a new head for those measures, with its layers' usual initial weights.
+
+        Raises ModelError at an unknown head.
+        """
+        weight = self.classifier[-1].weight  # [C, channels, 1, 1]
+        new_head = build_head(head, weight.shape[1], len(measures))
+        self.uncertainty = new_head.to(weight.device)
+        self.measures = tuple(measures)
 
     def forward(self, images: Tensor, size: Size | None = None) -> Prediction:
         """Predictions for RGB images [B, 3, h, w], uint8 or float in [0, 1].
@@ -278,8 +287,7 @@ def dilate_last_stage(stage: nn.Sequential) -> None:
 
 # -------------------------------------------------------------------------------- uncertainty heads
 
-# "confidence-1x1" and "confidence-attached" are variations for studies; see `build_head`.
-HEADS = ("paper", "confidence", "confidence-1x1", "confidence-attached")
+HEADS = ("confidence", "paper")
 
 
 def build_head(name: str, channels: int, num_measures: int) -> nn.Module:
@@ -293,12 +301,6 @@ def build_head(name: str, channels: int, num_measures: int) -> nn.Module:
         return PaperHead(channels, num_measures)
     if name == "confidence":
         return ConfidenceHead(channels, num_measures)
-    # What "confidence" is compared with: one layer in place of three, and features that
-    # learn from the uncertainty too.
-    if name == "confidence-1x1":
-        return ConfidenceHead(channels, num_measures, hidden_layers=0)
-    if name == "confidence-attached":
-        return ConfidenceHead(channels, num_measures, detach_features=False)
     raise ModelError(f"unknown uncertainty head {name!r}; choose one of {', '.join(HEADS)}")
 
 
@@ -325,18 +327,16 @@ class PaperHead(nn.Conv2d):
 class ConfidenceHead(nn.Module):
     """A head that starts from how sure the network is, and learns where that misleads.
 
-        u_t = sigmoid( up(a_t) + b_t1 z_1 + b_t2 z_2 )
+        u_t = sigmoid( up(a_t) + up(b_t1) z_1 + up(b_t2) z_2 )
         z_1 = log-odds of 1 - max softmax        z_2 = log-odds of entropy / log C
 
     The features have 1/8 or 1/16 of the resolution: what is made of them alone cannot
     draw the thin lines along borders where the members of an ensemble disagree. z can,
-    because the softmax is taken after the upsampling. a_t is a small stack of
-    convolutions of the features, b_t are two learned numbers a measure.
+    because the softmax is taken after the upsampling. a_t and the weights b_t are
+    predicted for every place by a small stack of convolutions of the features.
 
     Neither z nor the features pass a gradient back: the head learns to judge the
     network and does not change it, so the segmentation is what it would be without.
-    hidden_layers: 3x3 convolutions before the last one of 1x1. detach_features: False
-    lets the uncertainty's loss reach the network through the features.
     """
 
     WIDTH = 64  # channels of the hidden layers
@@ -344,34 +344,26 @@ class ConfidenceHead(nn.Module):
     START_OF_WEIGHTS = 0.25  # of b
     SMALLEST = 1e-5  # log-odds are of numbers in [SMALLEST, 1 - SMALLEST], so at most 11.5
 
-    def __init__(
-        self,
-        channels: int,
-        num_measures: int,
-        hidden_layers: int = 2,
-        detach_features: bool = True,
-    ):
+    def __init__(self, channels: int, num_measures: int):
         super().__init__()
-        self.detach_features = detach_features
-        layers = []
-        for _ in range(hidden_layers):
-            layers += [nn.Conv2d(channels, self.WIDTH, kernel_size=3, padding=1), nn.GELU()]
-            channels = self.WIDTH
-        last = nn.Conv2d(channels, num_measures, kernel_size=1)
+        self.stack = nn.Sequential(
+            nn.Conv2d(channels, self.WIDTH, kernel_size=3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(self.WIDTH, self.WIDTH, kernel_size=3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(self.WIDTH, 3 * num_measures, kernel_size=1),  # a, b_1 and b_2
+        )
+        last = self.stack[-1]
         nn.init.normal_(last.weight, std=0.01)
-        nn.init.constant_(last.bias, self.START)
-        self.from_features = nn.Sequential(*layers, last)  # a
-        # A 1x1 convolution is a weighted sum of the channels of z.
-        self.from_confidence = nn.Conv2d(2, num_measures, kernel_size=1, bias=False)  # b
-        nn.init.constant_(self.from_confidence.weight, self.START_OF_WEIGHTS)
+        nn.init.constant_(last.bias[:num_measures], self.START)
+        nn.init.constant_(last.bias[num_measures:], self.START_OF_WEIGHTS)
 
     def forward(self, features: Tensor, logits: Tensor) -> Tensor:
         """[B, channels, h, w] and [B, C, H, W] -> [B, T, H, W] in (0, 1)."""
-        if self.detach_features:
-            features = features.detach()
-        a = upsample(self.from_features(features), logits.shape[-2:])  # [B, T, H, W]
+        predicted = upsample(self.stack(features.detach()), logits.shape[-2:])  # [B, 3T, H, W]
+        a, first_b, second_b = predicted.chunk(3, dim=1)  # [B, T, H, W] each
         z = self.log_odds(logits.detach())  # [B, 2, H, W]
-        return (a + self.from_confidence(z)).sigmoid()
+        return (a + first_b * z[:, :1] + second_b * z[:, 1:]).sigmoid()
 
     @classmethod
     def log_odds(cls, logits: Tensor) -> Tensor:
