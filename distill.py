@@ -119,43 +119,23 @@ class LossWeights(NamedTuple):
 
     uncertainty: float  # of the mean of the uncertainties' losses, against 1 of the segmentation
     probs: float  # of the KL divergence, against 1 of the cross-entropy
-    unlabelled: float = 1.0  # of a pixel of an image without labels, against 1 of any other
-
-
-# Which parts of the network get no gradient from images without labels, by --unlabelled-depth.
-PARTS_WITHOUT_GRADIENT = {
-    "head": ("backbone", "classifier"),
-    "decoder": ("backbone",),
-    "all": (),
-}
 
 
 def distillation_loss(
-    model: nn.Module,
-    batch: Sample,
-    targets: "TeacherTargets",
-    weights: LossWeights,
-    has_unlabelled: bool = False,
-    unlabelled_depth: str = "all",
+    model: nn.Module, batch: Sample, targets: "TeacherTargets", weights: LossWeights
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The student's loss of a batch, and its terms for the log.
 
     Void pixels (255) have no label, but the teacher has an uncertainty there: they enter the
-    RMSLE alone. Padding and held-out classes (254) enter nothing. has_unlabelled: the batch
-    was made by `data.PairedViews`, and the images without labels enter the RMSLE alone;
-    unlabelled_depth: how deep their gradient goes, a key of `PARTS_WITHOUT_GRADIENT`.
+    RMSLE alone. Padding and held-out classes (254) enter nothing.
 
     The student's channels are the teacher's measures and last, where it is learned, `ERROR`.
     """
-    labelled = batch
-    if has_unlabelled:
-        labelled, unlabelled = data.split_pairs(batch)
-
     # ---- segmentation
-    target = targets.for_batch(labelled)
-    logits, uncertainty = model(labelled.images)
-    valid = labelled.labels != IGNORED  # [B, H, W]
-    ce = cross_entropy(logits, labelled.labels)
+    target = targets.for_batch(batch)
+    logits, uncertainty = model(batch.images)
+    valid = batch.labels != IGNORED  # [B, H, W]
+    ce = cross_entropy(logits, batch.labels)
     segmentation_loss = ce
     logs = {"ce": ce}
     if weights.probs > 0:
@@ -169,28 +149,13 @@ def distillation_loss(
     num_measures = target.uncertainty.shape[1]
     if uncertainty.shape[1] > num_measures:
         predicted_error = uncertainty[:, num_measures]  # [B, H, W]
-        error_terms = [error_loss(predicted_error, logits, labelled.labels)]
+        error_terms = [error_loss(predicted_error, logits, batch.labels)]
         logs["error"] = error_terms[0]
 
-    # ---- the teacher's uncertainty, which images without labels have too
-    student_uncertainty = uncertainty[:, :num_measures]
-    target_uncertainty = target.uncertainty
-    pixel_weights = valid
-    if has_unlabelled:
-        with (
-            frozen_statistics(model),
-            without_gradient(model, PARTS_WITHOUT_GRADIENT[unlabelled_depth]),
-        ):
-            unlabelled_uncertainty = model(unlabelled.images).uncertainty[:, :num_measures]
-        unlabelled_target = targets.for_batch(unlabelled).uncertainty
-        is_padding = unlabelled.labels == IGNORED
-        unlabelled_weights = torch.where(is_padding, 0.0, weights.unlabelled)
-        student_uncertainty = torch.cat([student_uncertainty, unlabelled_uncertainty])
-        target_uncertainty = torch.cat([target_uncertainty, unlabelled_target])
-        pixel_weights = torch.cat([valid.float(), unlabelled_weights])
+    # ---- the teacher's uncertainty
     rmsle_terms = []
     for channel in range(num_measures):
-        term = rmsle(student_uncertainty[:, channel], target_uncertainty[:, channel], pixel_weights)
+        term = rmsle(uncertainty[:, channel], target.uncertainty[:, channel], valid)
         rmsle_terms.append(term)
     logs["rmsle"] = torch.stack(rmsle_terms).mean()
 
@@ -199,15 +164,14 @@ def distillation_loss(
     return segmentation_loss + weights.uncertainty * uncertainty_loss, logs
 
 
-def rmsle(student: Tensor, teacher: Tensor, pixel_weights: Tensor) -> Tensor:
-    """Root mean squared logarithmic error over the pixels, float32.
+def rmsle(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+    """Root mean squared logarithmic error over the valid pixels, float32.
 
-    student, teacher [B, H, W] in [0, 1]; pixel_weights [B, H, W]: which pixels count (bool),
-    or how much each of them counts. The epsilon keeps the root's gradient finite at 0.
-    Where no pixel counts the result is 1e-6.
+    student, teacher [B, H, W] in [0, 1]; valid bool [B, H, W]. The epsilon keeps the root's
+    gradient finite at 0. Where no pixel is valid the result is 1e-6.
     """
     difference = torch.log1p(student.float()) - torch.log1p(teacher.float())
-    return (weighted_mean(difference.square(), pixel_weights) + 1e-12).sqrt()
+    return (weighted_mean(difference.square(), valid) + 1e-12).sqrt()
 
 
 def error_loss(predicted_error: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
@@ -236,47 +200,10 @@ def kl_divergence(logits: Tensor, probs: Tensor, valid: Tensor) -> Tensor:
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """The mean of the values of all processes, 0 where none counts.
-
-    weights: bool, which values count, or numbers, how much each of them counts.
-    """
+    """The mean of the values of all processes, 0 where none counts; weights: bool, which count."""
     total = sum_over_processes((values * weights).sum())
     total_weight = sum_over_processes(weights.sum())
     return total / total_weight.clamp(min=1)
-
-
-@contextlib.contextmanager
-def frozen_statistics(network: nn.Module) -> Iterator[None]:
-    """Batch norm as in evaluation: images that are unlike the training set do not change it."""
-    layers = []
-    for layer in network.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
-            layers.append(layer)
-    try:
-        for layer in layers:
-            layer.eval()
-        yield
-    finally:
-        for layer in layers:
-            layer.train()
-
-
-@contextlib.contextmanager
-def without_gradient(network: nn.Module, parts: tuple[str, ...]) -> Iterator[None]:
-    """What the network computes meanwhile passes no gradient to those parts of a `DeepLabV3`."""
-    frozen = []
-    for name, parameter in network.named_parameters():
-        # "backbone.conv1.weight"; a wrapped network has a "module." or the like in front
-        words = name.split(".")
-        if any(part in words for part in parts):
-            frozen.append(parameter)
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
 
 
 # ---------------------------------------------------------------------------------- teacher targets
@@ -560,10 +487,6 @@ class DistillationFlags(NamedTuple):
     views: int
     uncertainty_weight: float
     distill_probs: float
-    strong_views: bool
-    extra: Path | None
-    unlabelled_depth: str
-    unlabelled_weight: float
     jitter: float  # strength of the colour jitter, from the recipe
 
 
@@ -609,15 +532,8 @@ def train_student(
     weights = LossWeights(
         uncertainty=distillation.uncertainty_weight,
         probs=distillation.distill_probs,
-        unlabelled=distillation.unlabelled_weight,
     )
-    loss_fn = functools.partial(
-        distillation_loss,
-        targets=targets,
-        weights=weights,
-        has_unlabelled=isinstance(views, data.PairedViews),
-        unlabelled_depth=distillation.unlabelled_depth,
-    )
+    loss_fn = functools.partial(distillation_loss, targets=targets, weights=weights)
     validation = functools.partial(
         validate,
         loader=val_loader,
@@ -642,34 +558,28 @@ def build_views(
     train_set: data.SegmentationDataset,
     view_seeds: list[int],
     targets_path: Path,
-) -> data.TrainingViews | data.PairedViews:
-    """The student's training views; with --strong-views or --extra in pairs.
+) -> data.TrainingViews:
+    """The student's training views.
 
     targets_path: where their targets are kept, with --views, from the first batch on.
     """
-    settings = (
+    stored = targets_path if distillation.views > 0 else None
+    return data.TrainingViews(
+        train_set,
         flags.crop_size,
         flags.scale,
         view_seeds,
         distillation.views,
         distillation.jitter,
+        stored,
     )
-    stored = targets_path if distillation.views > 0 else None
-    labelled = data.TrainingViews(train_set, *settings, stored)
-    if not (distillation.strong_views or distillation.extra):
-        return labelled
-    extra = None
-    if distillation.extra:
-        images = data.open_images("--extra", distillation.extra, flags.image_size)
-        extra = data.TrainingViews(images, *settings)
-    return data.PairedViews(labelled, extra, distillation.strong_views)
 
 
 def open_targets(
     teacher: Ensemble,
     flags: TrainingFlags,
     distillation: DistillationFlags,
-    views: data.TrainingViews | data.PairedViews,
+    views: data.TrainingViews,
     val_set: data.SegmentationDataset,
     path: Path,
 ) -> TeacherTargets:
@@ -688,7 +598,7 @@ def open_targets(
         if with_probs:
             largest += [1.0] * len(val_set.classes)
         kept_views = min(distillation.views, flags.epochs)
-        shape = (kept_views, views.num_target_rows(), len(largest), *flags.crop_size)
+        shape = (kept_views, len(views), len(largest), *flags.crop_size)
         train_path = path.with_suffix(".targets.npy")
         train_cache = open_cache(train_path, shape, largest, identity, flags.device)
     return TeacherTargets(teacher, measures, with_probs, flags.amp, train_cache, val_cache)
@@ -696,7 +606,7 @@ def open_targets(
 
 def cache_identity(
     flags: TrainingFlags,
-    views: data.TrainingViews | data.PairedViews,
+    views: data.TrainingViews,
     val_set: data.SegmentationDataset,
 ) -> dict:
     """All that stored targets depend on; where it differs they are of another teacher or view.
@@ -707,7 +617,6 @@ def cache_identity(
     identity = {
         "stream": views.stream,
         "jitter": views.jitter,
-        "indices": views.num_target_rows(),
         "train_images": data.fingerprint(views.dataset.images),
         "val_images": data.fingerprint(val_set.images),
     }
@@ -723,12 +632,9 @@ def cache_identity(
         "batch_size",
         "targets",
         "distill_probs",
-        "strong_views",
     )
     for name in recorded:
         identity[name] = flags.recorded[name]
-    if isinstance(views, data.PairedViews) and views.extra:
-        identity["extra"] = data.fingerprint(views.extra.dataset.images)
     return identity
 
 
@@ -795,9 +701,7 @@ def views_of_work(flags: TrainingFlags, distillation: DistillationFlags, members
     if distillation.views > 0:
         views_of_teacher = min(distillation.views, flags.epochs)
     passes = members * views_of_teacher
-    in_pairs = bool(distillation.strong_views or distillation.extra)
-    views = flags.epochs + passes / 3
-    return 2 * views if in_pairs else views
+    return flags.epochs + passes / 3
 
 
 def main(args: argparse.Namespace) -> None:
@@ -822,10 +726,6 @@ def main(args: argparse.Namespace) -> None:
         views=resolved["views"],
         uncertainty_weight=resolved["uncertainty_weight"],
         distill_probs=resolved["distill_probs"],
-        strong_views=resolved["strong_views"],
-        extra=resolved["extra"],
-        unlabelled_depth=resolved["unlabelled_depth"],
-        unlabelled_weight=resolved["unlabelled_weight"],
         jitter=recipe["jitter"],
     )
     path = args.out or member_files(args.teacher)[0].with_name("student.pt")
@@ -946,35 +846,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=non_negative(float),
         metavar="W",
         help="weight of the RMSLE; the paper's is 1 (default: the recipe's, below)",
-    )
-    flag(
-        "--strong-views",
-        action="store_true",
-        help="beside every view one in other colours, blurred, noisy, with misplaced pieces, from "
-        "which the student learns the teacher's uncertainty alone; twice the work",
-    )
-    flag(
-        "--extra",
-        type=Path,
-        metavar="DIR",
-        help="images without labels, used as --strong-views are: beside every view one of them, "
-        "drawn by lot; with both flags, one or the other (default: none)",
-    )
-    flag(
-        "--unlabelled-depth",
-        choices=PARTS_WITHOUT_GRADIENT,
-        default="all",
-        help="what learns from images of --strong-views and --extra: the uncertainty head, the "
-        "decoder too, or all of the network. A head whose features are detached (confidence, "
-        "confidence-1x1) learns alone whatever this says (default: all)",
-    )
-    flag(
-        "--unlabelled-weight",
-        type=non_negative(float),
-        default=1.0,
-        metavar="W",
-        help="how much a pixel of those images counts in the RMSLE, against 1 of a labelled image "
-        "(default: 1)",
     )
     flag("--dataset", choices=data.DATASETS, help="(default: the teacher's)")
     flag("--backbone", choices=BACKBONES, help="(default: the teacher's)")
