@@ -18,7 +18,6 @@ Outline, in this order:
     classes.txt           `read_classes`: what the masks of a user's folder hold
     decode cache          `cache_decoded`: decoded samples in a memory map
     training views        `TrainingViews`: random scale, crop, flip and colour jitter
-    images without labels `PairedViews`, `split_pairs`: a second half of each batch
     loaders               `training_loader`, `evaluation_loader`
     anomalies             `open_ood`: add an out-of-distribution set here, in `OOD_LAYOUTS`
     drawn scenes          `SyntheticScenes`, and the unknown objects that are pasted into images
@@ -52,7 +51,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, TiffImagePlugin
+from PIL import Image, ImageDraw, ImageEnhance, TiffImagePlugin
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 from torchvision.datasets import Cityscapes
@@ -1799,11 +1798,6 @@ def collate_samples(samples: list[Sample]) -> Sample:
     return batch._replace(stored_target=target)
 
 
-def flipped(sample: Sample) -> Sample:
-    """The mirror image of a sample that is not flipped; its target stays that of the view."""
-    return sample._replace(images=sample.images.flip(-1), labels=sample.labels.flip(-1), flip=True)
-
-
 class StoredTargets:
     """A student's targets by view and image, uint8 [K, N, T, H, W] in an .npy file.
 
@@ -1844,8 +1838,6 @@ class TrainingViews(Dataset):
         targets_path: the file of `StoredTargets`, which come with the views; None without one.
     """
 
-    collate = staticmethod(collate_samples)  # how a loader makes a batch of samples
-
     def __init__(
         self,
         dataset: SegmentationDataset,
@@ -1867,34 +1859,23 @@ class TrainingViews(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def num_target_rows(self) -> int:
-        """The rows that a cache of targets needs for one view: one per image."""
-        return len(self)
-
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        sample = self.unflipped(epoch, index)
-        if self.draw_flip(epoch, index):
-            return flipped(sample)
-        return sample
+        view = epoch % self.num_views if self.num_views else epoch
+        pixels, labels = self.read_view(view, index)
+        flip = self.draw_flip(epoch, index)
+        if flip:
+            pixels = pixels.flip(-1)
+            labels = labels.flip(-1)
+        target = NO_TARGET
+        if self.stored_targets is not None:
+            target = self.stored_targets.read(view, index)
+        return Sample(pixels, labels, index, view, flip, target)
 
     def draw_flip(self, epoch: int, index: int) -> bool:
         """Whether the image is mirrored in this epoch."""
         rng = np.random.default_rng([*self.stream, FLIP_DRAWS, epoch, index])
         return bool(rng.integers(2))
-
-    def unflipped(self, epoch: int, index: int) -> Sample:
-        """The sample of (epoch, index) before its flip: the same whenever the view is."""
-        view = epoch % self.num_views if self.num_views else epoch
-        pixels, labels = self.read_view(view, index)
-        target = self.read_target(view, index)
-        return Sample(pixels, labels, index, view, flip=False, stored_target=target)
-
-    def read_target(self, view: int, row: int) -> Tensor:
-        """The stored target of a view in one of `num_target_rows`; `NO_TARGET` without a file."""
-        if self.stored_targets is None:
-            return NO_TARGET
-        return self.stored_targets.read(view, row)
 
     def read_view(self, view: int, index: int) -> tuple[Tensor, Tensor]:
         """The images and labels of a `Sample`, not flipped."""
@@ -1977,118 +1958,6 @@ def colour_jitter(image: Image.Image, strength: float, rng: np.random.Generator)
     return image
 
 
-# ---------------------------------------------------------------------------- images without labels
-#
-# A second half of each training batch, for the uncertainty alone. Nothing else needs this section.
-
-PARTNER_DRAWS = 3  # of a stream, as those above
-STRONG_DRAWS = 4
-
-
-def collate_pairs(pairs: list[tuple[Sample, Sample]]) -> Sample:
-    """One batch: all the labelled samples, then their partners in the same order."""
-    labelled = [sample for sample, _ in pairs]
-    unlabelled = [partner for _, partner in pairs]
-    return collate_samples(labelled + unlabelled)
-
-
-def split_pairs(batch: Sample) -> tuple[Sample, Sample]:
-    """The labelled and the unlabelled half of a batch that `collate_pairs` made."""
-    half = len(batch.images) // 2
-    labelled = Sample(*(field[:half] for field in batch))
-    unlabelled = Sample(*(field[half:] for field in batch))
-    return labelled, unlabelled
-
-
-class PairedViews(Dataset):
-    """Training views, each with a partner: a second `Sample`, without labels, from
-    which a network learns its uncertainty alone. Indexing by (epoch, index) gives both.
-
-    A partner is a `strong_view` of the labelled sample (with `strong`), or a view of a
-    random image of `extra`; with both, one or the other at random. Both have the same
-    flip, and a view that is repeated has the same partner again. The partner of image i
-    has index N + i, so that its stored target has a row of its own. Its labels are
-    `VOID`, or `IGNORED` in the padding and on held-out classes.
-
-    Args:
-        labelled: the N views with labels.
-        extra: views of other images, with the same settings; None where there are none.
-        strong: whether strong views are made. Without `extra` they have to be.
-    """
-
-    collate = staticmethod(collate_pairs)
-
-    def __init__(self, labelled: TrainingViews, extra: TrainingViews | None, strong: bool):
-        self.labelled = labelled
-        self.extra = extra
-        self.strong = strong
-        # What a user of `TrainingViews` may ask for.
-        self.dataset = labelled.dataset
-        self.stream = labelled.stream
-        self.jitter = labelled.jitter
-
-    def __len__(self) -> int:
-        return len(self.labelled)
-
-    def num_target_rows(self) -> int:
-        """The rows that a cache of targets needs for one view: one per image and partner."""
-        return 2 * len(self)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Sample, Sample]:
-        epoch, index = key
-        sample = self.labelled.unflipped(epoch, index)
-        partner = self.make_partner(sample)
-        if self.labelled.draw_flip(epoch, index):
-            return flipped(sample), flipped(partner)
-        return sample, partner
-
-    def make_partner(self, sample: Sample) -> Sample:
-        """The partner of an unflipped sample, unflipped as well."""
-        key = [sample.view, sample.index]
-        rng = np.random.default_rng([*self.stream, PARTNER_DRAWS, *key])
-        take_strong = self.strong
-        if self.strong and self.extra is not None:
-            take_strong = rng.integers(2) == 0
-        if take_strong:
-            strong_rng = np.random.default_rng([*self.stream, STRONG_DRAWS, *key])
-            pixels, labels = strong_view(sample.images, sample.labels, strong_rng)
-        else:
-            extra_index = int(rng.integers(len(self.extra)))
-            pixels, labels = self.extra.read_view(sample.view, extra_index)
-        labels = torch.where(labels == IGNORED, IGNORED, VOID).to(torch.uint8)
-        row = len(self) + sample.index
-        target = self.labelled.read_target(sample.view, row)
-        return Sample(pixels, labels, row, sample.view, flip=False, stored_target=target)
-
-
-def strong_view(pixels: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """uint8 [3, H, W] in other colours, blurred and noisy, and in half of the cases
-    with a piece pasted in.
-
-    The piece is a polygon of the upturned image itself: not one of the unknown objects
-    that OOD detection is measured on. The labels [H, W] of the piece come along, so
-    that what is held out stays out.
-    """
-    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    if rng.integers(2):
-        corners = rng.uniform(-0.3, 0.3, (6, 2))
-        corners = (corners + rng.uniform(0.2, 0.8, 2)) * image.size
-        piece = Image.new("L", image.size)
-        ImageDraw.Draw(piece).polygon([tuple(corner) for corner in corners], fill=255)
-        image.paste(image.transpose(Image.Transpose.FLIP_TOP_BOTTOM), mask=piece)
-        inside = torch.from_numpy(np.array(piece)) > 0
-        labels = torch.where(inside, labels.flip(0), labels)
-
-    image = colour_jitter(image, 0.5, rng)
-    blur = rng.uniform(0, 0.02) * image.height**0.75  # pixels
-    image = image.filter(ImageFilter.GaussianBlur(blur))
-    strength = rng.uniform(0, 20)
-    channels = 3 if rng.integers(2) else 1  # noise of any colour, or grey
-    noise = rng.normal(0, strength, (image.height, image.width, channels))
-    noisy = (np.asarray(image) + noise).clip(0, 255).astype(np.uint8)
-    return torch.from_numpy(noisy).permute(2, 0, 1).contiguous(), labels
-
-
 # ------------------------------------------------------------------------------------------ loaders
 
 
@@ -2136,7 +2005,7 @@ class EpochBatches(Sampler):
 
 
 def training_loader(
-    views: TrainingViews | PairedViews,
+    views: TrainingViews,
     batch_size: int,
     workers: int,
     device: torch.device,
@@ -2150,7 +2019,7 @@ def training_loader(
     """
     batches = EpochBatches(len(views), batch_size, views.stream, rank, world)
     settings = worker_settings(workers, device)
-    return DataLoader(views, batch_sampler=batches, collate_fn=views.collate, **settings)
+    return DataLoader(views, batch_sampler=batches, collate_fn=collate_samples, **settings)
 
 
 def evaluation_loader(

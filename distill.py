@@ -729,7 +729,7 @@ def open_targets(
         if with_probs:
             largest += [1.0] * len(val_set.classes)
         kept_views = min(distillation.views, flags.epochs + distillation.head_epochs)
-        shape = (kept_views, len(views.dataset), len(largest), *flags.crop_size)
+        shape = (kept_views, len(views), len(largest), *flags.crop_size)
         train_path = path.with_suffix(".targets.npy")
         train_cache = open_cache(train_path, shape, largest, identity, flags.device)
     return TeacherTargets(teacher, measures, with_probs, flags.amp, train_cache, val_cache)
@@ -748,7 +748,6 @@ def cache_identity(
     identity = {
         "stream": views.stream,
         "jitter": views.jitter,
-        "indices": len(views.dataset),
         "train_images": data.fingerprint(views.dataset.images),
         "val_images": data.fingerprint(val_set.images),
     }

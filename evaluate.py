@@ -3834,16 +3834,7 @@ def resolve(args: argparse.Namespace, checkpoint: dict, device: torch.device) ->
 
     # ---------------------------------------------------------------- how the student was distilled
     distillation = {}
-    recorded = (
-        "head",
-        "views",
-        "uncertainty_weight",
-        "distill_probs",
-        "strong_views",
-        "extra",
-        "unlabelled_depth",
-        "unlabelled_weight",
-    )
+    recorded = ("head", "views", "uncertainty_weight", "distill_probs")
     for key in recorded:
         if key in trained:
             distillation[key] = trained[key]

@@ -211,6 +211,10 @@ FREE_TO_CHANGE = {
     "save_every",
     "overwrite",
     "teacher",
+    # Of older versions: they only concerned the images of --strong-views and --extra, and a run
+    # that had those is refused.
+    "unlabelled_depth",
+    "unlabelled_weight",
 }
 
 
@@ -280,9 +284,6 @@ SETTING_GROUPS = {
         "distill_probs",
         "head_epochs",
         "uncertainty_weight",
-        "strong_views",
-        "unlabelled_depth",
-        "unlabelled_weight",
     ),
     "data": (
         "dataset",
@@ -294,7 +295,6 @@ SETTING_GROUPS = {
         "crop_size",
         "scale",
         "cache",
-        "extra",
     ),
     "network": ("backbone", "weights", "head"),
     "optimisation": (
@@ -318,8 +318,6 @@ def shown_settings(recorded: dict) -> dict[str, dict]:
     without_effect = {"teacher_identity"}  # digits that tell a reader nothing
     if not recorded.get("mc_samples"):
         without_effect.add("mc_samples")
-    if not recorded.get("strong_views") and not recorded.get("extra"):
-        without_effect.update(("unlabelled_depth", "unlabelled_weight"))
     shown = {name: value for name, value in recorded.items() if name not in without_effect}
 
     groups: dict[str, dict] = {group: {} for group in ("run", *SETTING_GROUPS)}
@@ -339,12 +337,16 @@ def check_same(saved: dict, recorded: dict, path: Path) -> None:
     """A run goes on under the flags it was begun with; UsageError names the first difference.
 
     A flag that did not exist when the run began counts as a difference, too, unless this command
-    leaves it at None, which means that it does nothing.
+    leaves it at None, which means that it does nothing. So does a flag of the run that this command
+    does not have, unless it was None or False.
     """
     free = FREE_TO_CHANGE
     if saved["device"].split(":")[0] != recorded["device"].split(":")[0]:
         free = free | {"amp", "compile"}  # their defaults follow the device
     for name in sorted((saved.keys() | recorded.keys()) - free):
+        is_gone = name not in recorded
+        if is_gone and saved[name] is False:  # the run did not use it
+            continue
         if saved.get(name) != recorded.get(name):
             flag = "--" + name.replace("_", "-")
             if name == "teacher_identity":
@@ -352,6 +354,11 @@ def check_same(saved: dict, recorded: dict, path: Path) -> None:
             begun = f"with {flag} {saved.get(name)}"
             if name not in saved:
                 begun = f"by an older version, which had no {flag}"
+            if is_gone:
+                raise UsageError(
+                    f"{path} was begun {begun}, which this command does not have; use another "
+                    "--out, or --overwrite to start anew"
+                )
             raise UsageError(
                 f"{path} was begun {begun}, this command says {recorded.get(name)}; use the same "
                 "flags, another --out, or --overwrite to start anew"
@@ -629,9 +636,7 @@ def check_finite(state: RunState, image_names: list[str]) -> None:
     for batch, indices, loss in state.unread_losses:
         value = loss.item()
         if not math.isfinite(value):
-            # indices from len(image_names) on are images without labels
-            labelled = [index for index in indices.tolist() if index < len(image_names)]
-            images = ", ".join(image_names[index] for index in labelled)
+            images = ", ".join(image_names[index] for index in indices.tolist())
             raise UsageError(
                 f"the loss is {value} in epoch {state.epoch}, batch {batch} (images {images}); "
                 "nothing was saved of it: look at these images, lower --lr, or try --amp off"
@@ -1435,7 +1440,7 @@ def warn_of_memory(flags: TrainingFlags, num_classes: int, total_bytes: int) -> 
 
 def build_loaders(
     flags: TrainingFlags,
-    views: data.TrainingViews | data.PairedViews,
+    views: data.TrainingViews,
     val_set: data.SegmentationDataset,
 ) -> tuple[DataLoader, DataLoader]:
     """The training and the validation loader of one network."""

@@ -20,12 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
 
 # ------------------------------------------------------------------ what is compared
 
@@ -39,8 +34,6 @@ TARGET_VARIANTS = {
     "std alone": STD,
     "all targets": ALL,
     "+ probabilities": (*ALL, *PROBS),
-    "+ strong views": (*ALL, *PROBS, "--strong-views"),
-    "+ extra images": (*ALL, *PROBS, "--strong-views", "--extra", "extra"),
 }
 VIEW_VARIANTS = {
     "--views 0": (*STD, "--views", "0"),
@@ -141,7 +134,6 @@ class Study:
         self.train_members()
         results: Results = {}
         if self.study == "targets":
-            write_extra(self.out / "extra")
             results = self.evaluate_members()
         for variant in STUDIES[self.study]:
             results[variant] = []
@@ -160,26 +152,6 @@ class Study:
                 pool.shutdown(cancel_futures=True)
                 raise
         return results
-
-
-def write_extra(folder: Path, count: int = 240) -> None:
-    """Drawn street scenes without the classes that are held out, as the images without labels."""
-    if folder.exists():
-        return
-    classes = list(data.CAMVID_CLASSES)
-    held_out = [classes.index(name) for name in HELD_OUT]
-    unfinished = folder.with_suffix(".tmp")
-    unfinished.mkdir(exist_ok=True)
-    number = 0
-    written = 0
-    while written < count:
-        rng = np.random.default_rng([3, number])
-        image, labels = data.draw_scene(rng, data.SYNTHETIC_SIZE)
-        if not np.isin(labels, held_out).any():
-            Image.fromarray(image).save(unfinished / f"{number:05d}.png")
-            written += 1
-        number += 1
-    unfinished.rename(folder)
 
 
 # ------------------------------------------------------------------ tables

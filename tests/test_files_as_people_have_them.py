@@ -204,7 +204,7 @@ def test_a_linked_folder_of_images_was_skipped_without_a_word(tmp_path):
     """A folder of images/train that is a link (one disk was full) was not trained on."""
     root = linked_folder(tmp_path)
     assert open_dataset("folder", root, "train").names == ["0", "town_far"]
-    assert len(data.open_images("--extra", root / "images/train", None)) == 2
+    assert len(data.open_images("--in-distribution", root / "images/train", None)) == 2
 
 
 def test_a_linked_folder_is_predicted(tmp_path, trained, command):
@@ -240,7 +240,7 @@ def test_a_link_that_leads_nowhere_is_no_missing_image(tmp_path):
     gone.symlink_to(tmp_path / "annex/gone.png")
     for call in (
         lambda: open_dataset("folder", root, "train"),
-        lambda: data.open_images("--extra", root / "images/train", None),
+        lambda: data.open_images("--in-distribution", root / "images/train", None),
     ):
         refused(call, gone, tmp_path / "annex/gone.png", "mend or remove it")
     gone.unlink()
@@ -269,8 +269,7 @@ def test_hidden_files_are_no_images(tmp_path):
     root = write_folder(tmp_path / ".cache/data", train=2)  # a folder that is named may be hidden
     hide_files(root / "images/train")
     assert open_dataset("folder", root, "train").names == ["0", "1"]
-    for flag in ("--extra", "--in-distribution"):
-        assert len(data.open_images(flag, root / "images/train", None)) == 2
+    assert len(data.open_images("--in-distribution", root / "images/train", None)) == 2
 
     image, labels = scene(np.random.default_rng(0), classes=2)
     save(tmp_path / "ood/images/1.png", image)
@@ -661,12 +660,12 @@ def test_folders_of_network_disks_and_recycle_bins_hold_no_images(tmp_path, trai
         save(folder / below, image)
     save(folder / "$RECYCLE.BIN/S-1-5/$R1.png", image)
     assert open_dataset("folder", root, "train").names == ["0", "1"]
-    assert len(data.open_images("--extra", folder, None)) == 2
+    assert len(data.open_images("--in-distribution", folder, None)) == 2
     flags = ("--predict", folder, "--out", tmp_path / "out")
     code, out, err = command("evaluate", "--student", trained[1] / "student.pt", *flags)
     assert code == 0 and "\n2 images in" in out, err
     # Who names such a folder means it.
-    assert len(data.open_images("--extra", folder / "#recycle", None)) == 1
+    assert len(data.open_images("--in-distribution", folder / "#recycle", None)) == 1
 
 
 def test_a_link_to_a_folder_above_all_others_ends(tmp_path):
@@ -746,11 +745,11 @@ def test_a_colon_in_the_path_of_an_ood_set(tmp_path, trained):
 
 
 def test_images_that_nothing_is_called_after_may_share_names(tmp_path):
-    """--extra refused a.jpg beside a.png, though no file is called after them."""
+    """--in-distribution refused a.jpg beside a.png, though no file is called after them."""
     image, _ = scene(np.random.default_rng(0))
     for name in ("a.jpg", "a.png", "b/c.png", "b_c.png"):
         save(tmp_path / name, image)
-    assert len(data.open_images("--extra", tmp_path, None)) == 4
+    assert len(data.open_images("--in-distribution", tmp_path, None)) == 4
 
 
 def test_a_comment_in_classes_txt_is_no_class(tmp_path):

@@ -416,89 +416,22 @@ def test_colour_jitter_changes_colours_alone(folder):
     assert not torch.equal(plain.images, jittered.images)
 
 
-def paired(dataset, strong, extra=None, repeat=2):
-    extra_views = None if extra is None else views(extra, repeat=repeat)
-    return data.PairedViews(views(dataset, repeat=repeat), extra_views, strong)
+def test_images_without_labels_keep_their_proportions(tmp_path):
+    Image.new("RGB", (60, 20)).save(tmp_path / "wide.png")
+    sample = data.open_images("--in-distribution", tmp_path, (10, 12))[0]
+    assert sample.image.shape == (3, 10, 30)
+    assert sample.labels.shape == (20, 60) and (sample.labels == VOID).all()
+    with pytest.raises(DataError, match="--in-distribution .*: no image is there"):
+        data.open_images("--in-distribution", tmp_path / "none", None)
+
+
+# ------------------------------------------------------------------------------ loaders
 
 
 def same_fields(one, other):
     """Whether two samples or batches agree in every field."""
     pairs = zip(one, other, strict=True)
     return all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs)
-
-
-def unflipped(sample):
-    return sample.images.flip(-1) if sample.flip else sample.images
-
-
-def test_paired_views_have_no_labels_and_an_index_of_their_own(folder):
-    dataset = open_dataset("folder", folder, "train")
-    extra = data.open_images("--extra", folder / "images/val", None)
-    for strong, more in ((True, None), (False, extra), (True, extra)):
-        pairs = paired(dataset, strong, more)
-        assert pairs.num_target_rows() == 10
-        for epoch in range(20):
-            first, second = pairs[epoch, 3]
-            assert same_fields(first, views(dataset, repeat=2)[epoch, 3])
-            assert set(second.labels.unique().tolist()) <= {VOID, IGNORED}
-            assert (second.view, second.flip) == (first.view, first.flip)
-            assert second.index == 8
-            if not more:
-                padding, ignored = first.labels == IGNORED, second.labels == IGNORED
-                assert ignored[padding & padding.flip(0)].all()
-                assert not ignored[~padding & ~padding.flip(0)].any()
-                assert not torch.equal(second.images, first.images)
-        # with a view its partner comes again, so that targets are kept
-        assert torch.equal(unflipped(pairs[0, 3][1]), unflipped(pairs[2, 3][1]))
-    strong, either = paired(dataset, True), paired(dataset, True, extra)
-    equal = []
-    for epoch in range(2):
-        for index in range(5):
-            partner = strong[epoch, index][1].images
-            equal.append(torch.equal(partner, either[epoch, index][1].images))
-    assert any(equal) and not all(equal)
-
-
-def test_a_batch_of_pairs_and_its_halves(folder):
-    dataset = open_dataset("folder", folder, "train")
-    pairs = paired(dataset, True)
-    cpu = torch.device("cpu")
-    batch = next(iter(data.training_loader(pairs, 2, 0, cpu)))
-    assert batch.images.shape == (4, 3, 32, 32) and batch.labels.shape == (4, 32, 32)
-    assert (batch.index[2:] == batch.index[:2] + 5).all() and batch.images.dtype == torch.uint8
-
-    labelled, unlabelled = data.split_pairs(batch)
-    alone = next(iter(data.training_loader(views(dataset, repeat=2), 2, 0, cpu)))
-    assert same_fields(labelled, alone)
-    expected = [pairs[0, int(index)][1] for index in alone.index]
-    assert same_fields(unlabelled, data.collate_samples(expected))
-    assert (unlabelled.labels >= IGNORED).all()
-
-
-def test_what_is_held_out_stays_out_of_a_strong_view_where_it_is_pasted():
-    labels = torch.zeros(64, 64, dtype=torch.uint8)
-    labels[:24] = IGNORED
-    pixels, moved = torch.where(labels == IGNORED, 250, 5).to(torch.uint8).expand(3, -1, -1), 0
-    for seed in range(40):
-        image, ignored = data.strong_view(pixels, labels, np.random.default_rng(seed))
-        image, ignored = image.float().mean(0), ignored == IGNORED
-        middle = (image[ignored].mean() + image[~ignored].mean()) / 2
-        assert ((image > middle) == ignored).float().mean() > 0.97  # all but blurred edges
-        moved += not torch.equal(ignored, labels == IGNORED)
-    assert 10 <= moved <= 25  # half of them have a piece, not all pieces reach over the border
-
-
-def test_extra_images_keep_their_proportions(tmp_path):
-    Image.new("RGB", (60, 20)).save(tmp_path / "wide.png")
-    extra = data.open_images("--extra", tmp_path, (10, 12))
-    assert extra[0].labels.shape == (20, 60) and (extra[0].labels == VOID).all()
-    views = TrainingViews(extra, (10, 40), (1.0, 1.0), [1, 2, 3])
-    assert ((views[0, 0].labels != IGNORED).sum(1) == torch.tensor([30] * 10)).all()
-    with pytest.raises(DataError, match="--extra .*: no image is there"):
-        data.open_images("--extra", tmp_path / "none", None)
-
-
-# ------------------------------------------------------------------------------ loaders
 
 
 def batches(dataset, workers, epochs=2, start=0):

@@ -1,7 +1,6 @@
 """The training loop: schedule, loss, reproducibility, resuming, refusals; and the distillation."""
 
 import argparse
-import copy
 import itertools
 import json
 import math
@@ -94,15 +93,6 @@ def batch_of(flip):
     return Sample(images, labels, torch.tensor([0, 1]), torch.tensor([0, 0]), flips)
 
 
-def student_without_dropout():
-    """A network of three classes that learns the std and draws nothing by lot."""
-    student = DeepLabV3("resnet18", 3, ("std",))
-    for layer in student.modules():
-        if isinstance(layer, torch.nn.Dropout):
-            layer.p = 0.0
-    return student
-
-
 ALL = list(MEASURES)
 
 
@@ -172,10 +162,9 @@ def test_stored_targets_come_with_the_views(tmp_path, monkeypatch, workers):
     train_set = data.open_dataset("folder", folder, "train")
     path = tmp_path / "t.npy"
     views = data.TrainingViews(train_set, (32, 48), (1, 1), [1], num_views=1, targets_path=path)
-    pairs = data.PairedViews(views, None, strong=True)
-    loader = data.training_loader(pairs, 2, workers, torch.device("cpu"))
+    loader = data.training_loader(views, 2, workers, torch.device("cpu"))
     largest = torch.full((1, 1, 1), MAX_STD)
-    cache = distill.TargetCache(path, (1, 4, 1, 32, 48), largest, {})
+    cache = distill.TargetCache(path, (1, 2, 1, 32, 48), largest, {})
     # a teacher that says something else each time, as MC dropout would in another batch
     targets = targets_of(Ensemble([DeepLabV3("resnet18", 4)], mc_samples=2))
     targets.train_cache = cache
@@ -185,27 +174,26 @@ def test_stored_targets_come_with_the_views(tmp_path, monkeypatch, workers):
         (batch,) = list(loader)
         return batch
 
-    def unflipped_by_row(batch):
+    def unflipped_by_index(batch):
         maps = {}
-        for half in data.split_pairs(batch):
-            uncertainty = targets.for_batch(half).uncertainty
-            for row, flip, values in zip(half.index, half.flip, uncertainty, strict=True):
-                maps[int(row)] = values.flip(-1) if flip else values
-        return [maps[row] for row in range(4)]
+        uncertainty = targets.for_batch(batch).uncertainty
+        for index, flip, values in zip(batch.index, batch.flip, uncertainty, strict=True):
+            maps[int(index)] = values.flip(-1) if flip else values
+        return [maps[0], maps[1]]
 
     early = load(0)
     assert early.stored_target.numel() == 0
-    first = unflipped_by_row(early)
+    first = unflipped_by_index(early)
     targets.teacher = None  # from here on nothing is computed
     # this batch was loaded before its targets were stored
-    assert all(map(torch.equal, unflipped_by_row(early), first))
+    assert all(map(torch.equal, unflipped_by_index(early), first))
     with monkeypatch.context() as patch:
         patch.setattr(distill.TargetCache, "read", None)  # what is loaded is not read again
         for epoch in range(1, 4):
             batch = load(epoch)
-            assert batch.stored_target.shape == (4, 1, 32, 48)
-            assert all(map(torch.equal, unflipped_by_row(batch), first))
-    cache.targets[0, 3, 0, 5, 5] = distill.MISSING  # a write that was cut short
+            assert batch.stored_target.shape == (2, 1, 32, 48)
+            assert all(map(torch.equal, unflipped_by_index(batch), first))
+    cache.targets[0, 1, 0, 5, 5] = distill.MISSING  # a write that was cut short
     assert load(4).stored_target.numel() == 0
     assert pickle.loads(pickle.dumps(views)).stored_targets.targets is None
 
@@ -276,6 +264,18 @@ def test_a_run_that_began_before_a_flag_existed_goes_on_where_the_flag_does_noth
         train_ensemble.check_same(saved, saved | {"val": 0.2}, Path("m.pt"))
 
 
+def test_a_run_that_was_begun_with_a_flag_that_is_gone_goes_on_where_the_flag_did_nothing():
+    recorded = {"device": "cpu", "lr": 0.1}
+    unused = {"strong_views": False, "extra": None}
+    unused |= {"unlabelled_depth": "all", "unlabelled_weight": 1.0}
+    train_ensemble.check_same(recorded | unused, recorded, Path("s.pt"))
+    for name, value in (("strong_views", True), ("extra", "photos")):
+        begun = recorded | unused | {name: value}
+        flag = f"--{name.replace('_', '-')} {value}, which this command does not have; use another"
+        with pytest.raises(UsageError, match=f"s.pt was begun with {flag} --out"):
+            train_ensemble.check_same(begun, recorded, Path("s.pt"))
+
+
 def test_every_measure_and_the_probabilities_have_their_own_term():
     torch.manual_seed(0)
     teacher = Ensemble([DeepLabV3("resnet18", 3) for _ in range(2)])
@@ -297,97 +297,6 @@ def test_every_measure_and_the_probabilities_have_their_own_term():
     assert loss.item() == pytest.approx(total.item(), rel=1e-4)
 
 
-def test_images_without_labels_teach_the_uncertainty_and_leave_batch_norm_alone():
-    torch.manual_seed(0)
-    teacher = Ensemble([DeepLabV3("resnet18", 3) for _ in range(2)])
-    student = student_without_dropout()
-    labelled = batch_of(False)
-    unlabelled = labelled._replace(
-        images=255 - labelled.images, labels=torch.full_like(labelled.labels, VOID)
-    )
-    both = Sample(*[torch.cat(pair) for pair in zip(labelled, unlabelled, strict=True)])
-    weights = distill.LossWeights(uncertainty=1.0, probs=1.0)
-    parts, statistics = [], []
-    for batch, paired in ((labelled, False), (both, True)):
-        network = copy.deepcopy(student)
-        targets = targets_of(teacher, with_probs=True)
-        parts.append(distill.distillation_loss(network, batch, targets, weights, paired)[1])
-        statistics.append([b.clone() for name, b in network.named_buffers() if "running" in name])
-        assert all(layer.training for layer in network.modules())
-    for name in ("ce", "kl"):
-        assert parts[0][name].item() == pytest.approx(parts[1][name].item(), rel=1e-5)
-    assert all(map(torch.equal, *statistics))
-    network.eval()  # the second network, its statistics those of the labelled images
-    u = network(unlabelled.images).uncertainty[:, 0]
-    wanted = targets_of(teacher).for_batch(unlabelled).uncertainty[:, 0]
-    error = (u.log1p() - wanted.log1p()).square().mean()
-    both = (parts[0]["rmsle"] ** 2 + error) / 2  # as many pixels in each half
-    assert parts[1]["rmsle"].item() == pytest.approx(both.sqrt().item(), rel=1e-4)
-
-
-def test_images_without_labels_count_as_much_as_their_weight():
-    torch.manual_seed(0)
-    teacher = Ensemble([DeepLabV3("resnet18", 3) for _ in range(2)])
-    student, labelled = DeepLabV3("resnet18", 3, ("std",)).eval(), batch_of(False)
-    unlabelled = labelled._replace(
-        images=255 - labelled.images, labels=torch.full_like(labelled.labels, VOID)
-    )
-    unlabelled.labels[:, :8] = IGNORED  # padding: 24 of 32 rows are left
-    both = Sample(*[torch.cat(pair) for pair in zip(labelled, unlabelled, strict=True)])
-    targets = targets_of(teacher)
-    squares = []
-    for batch, rows in ((labelled, slice(0, 32)), (unlabelled, slice(8, 32))):
-        u = student(batch.images).uncertainty[:, 0, rows]
-        wanted = targets.for_batch(batch).uncertainty[:, 0, rows]
-        squares.append((u.log1p() - wanted.log1p()).square().sum().item())
-    for weight in (0.0, 0.25, 1.0):
-        weights = distill.LossWeights(uncertainty=1.0, probs=0.0, unlabelled=weight)
-        _, logs = distill.distillation_loss(student, both, targets, weights, True)
-        pixels = 2 * 48 * (32 + weight * 24)
-        mean = (squares[0] + weight * squares[1]) / pixels
-        assert logs["rmsle"].item() == pytest.approx(math.sqrt(mean), rel=1e-4)
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_the_gradient_of_images_without_labels_ends_where_it_is_told(compiled):
-    if compiled and shutil.which("g++") is None:
-        pytest.skip("needs a C++ compiler")
-    torch.manual_seed(0)
-    teacher = Ensemble([DeepLabV3("resnet18", 3) for _ in range(2)])
-    student = student_without_dropout()
-    labelled = batch_of(False)
-    # The labelled half has no pixel: every gradient is of the other half, or there is none.
-    labelled.labels[:] = IGNORED
-    unlabelled = labelled._replace(
-        images=255 - labelled.images, labels=torch.full_like(labelled.labels, VOID)
-    )
-    both = Sample(*[torch.cat(pair) for pair in zip(labelled, unlabelled, strict=True)])
-    weights = distill.LossWeights(uncertainty=1.0, probs=0.0)
-    reached = {}
-    network = student
-    if compiled:
-        # what takes so long to compile is the backbone
-        layers = [torch.nn.Conv2d(3, 512, kernel_size=16, stride=16), torch.nn.BatchNorm2d(512)]
-        student.backbone = torch.nn.Sequential(*layers)
-        network = torch.compile(student, dynamic=False, backend="aot_eager")
-    for depth in ("all", "decoder", "head"):
-        student.zero_grad()
-        loss, _ = distill.distillation_loss(
-            network, both, targets_of(teacher), weights, True, unlabelled_depth=depth
-        )
-        loss.backward()
-        reached[depth] = []
-        for name, part in student.named_children():
-            if any(p.grad is not None and p.grad.any() for p in part.parameters()):
-                reached[depth].append(name)
-        assert all(p.requires_grad for p in student.parameters())
-    assert reached == {
-        "all": ["backbone", "classifier", "uncertainty"],
-        "decoder": ["classifier", "uncertainty"],
-        "head": ["uncertainty"],
-    }
-
-
 def test_the_error_is_learned_from_the_students_own_mistakes():
     torch.manual_seed(0)
     teacher = Ensemble([DeepLabV3("resnet18", 3) for _ in range(2)])
@@ -406,12 +315,8 @@ def test_the_error_is_learned_from_the_students_own_mistakes():
     total = logs["ce"] + 3 * (logs["rmsle"] + logs["error"]) / 2
     assert loss.item() == pytest.approx(total.item(), rel=1e-6)
 
-    # What the teacher says does not depend on it, and images without labels do not enter it.
+    # What the teacher says does not depend on it.
     assert targets.for_batch(batch).uncertainty.shape[1] == 1
-    other = batch._replace(images=255 - batch.images, labels=torch.full_like(batch.labels, VOID))
-    both = Sample(*[torch.cat(pair) for pair in zip(batch, other, strict=True)])
-    _, logs_of_both = distill.distillation_loss(student, both, targets, weights, True)
-    assert logs_of_both["error"].item() == pytest.approx(expected.item(), rel=1e-5)
     nothing = torch.full_like(batch.labels, VOID)
     assert distill.error_loss(uncertainty[:, 1], logits, nothing).item() == 0
 
@@ -425,14 +330,6 @@ def test_a_certain_prediction_of_error_has_a_finite_loss():
             loss = distill.error_loss(predicted, logits, labels)
             loss.backward()
             assert loss.isfinite() and predicted.grad.isfinite().all()
-
-
-def test_batch_norm_learns_again_after_an_error_among_images_without_labels():
-    student = DeepLabV3("resnet18", 3, ("std",))
-    with pytest.raises(KeyError), distill.frozen_statistics(student):
-        assert not student.backbone.bn1.training
-        raise KeyError
-    assert student.backbone.bn1.training
 
 
 def test_an_epoch_whose_miou_is_no_number_is_never_the_best():
@@ -703,10 +600,9 @@ def test_another_teacher_is_another_student(trained, folder, command, tmp_path):
 
 
 def test_every_way_of_distilling_at_once(trained, command, tmp_path):
-    (folder, ckpts), out = trained, tmp_path / "s.pt"
+    ckpts, out = trained[1], tmp_path / "s.pt"
     flags = ["--teacher", ckpts, "--device", "cpu", "--targets", "mutual_information", "entropy",
-             "--distill-probs", 1, "--strong-views", "--extra", folder / "images/val",
-             "--views", 1, "--out", out]  # fmt: skip
+             "--distill-probs", 1, "--views", 1, "--out", out]  # fmt: skip
     code, text, _ = command("distill", *flags)
     assert code == 0 and "kl" in text and "val pearson" in text
     assert {path.name for path in tmp_path.iterdir()} == {"s.pt", "s.jsonl"}
@@ -717,7 +613,7 @@ def test_every_way_of_distilling_at_once(trained, command, tmp_path):
     keys = {key for key in results["uncertainty"] if "dudes" in key}
     assert keys == {"student/dudes_mutual_information", "student/dudes_entropy"}
     assert results["fidelity"]["measure"] == "mutual_information"
-    for more in (["--extra", tmp_path / "none"], ["--distill-probs", -1], ["--targets", "sum"]):
+    for more in (["--distill-probs", -1], ["--targets", "sum"]):
         code, _, err = command("distill", "--teacher", ckpts, "--device", "cpu", *more,
                                "--out", tmp_path / "t.pt")  # fmt: skip
         assert code == 2 and more[0] in err and err.count("\n") == 1
@@ -733,8 +629,6 @@ def test_a_confidence_head_and_the_error_measure(trained, command, tmp_path):
     assert config["head"] == "confidence"
     assert config["measures"] == ["std", "entropy", "error"]  # what is the teacher's comes first
 
-    more = ["--strong-views", "--unlabelled-depth", "decoder", "--unlabelled-weight", 0.3]
-    assert command("distill", *flags[:-1], tmp_path / "t.pt", *more)[0] == 0
     code, _, err = command("distill", "--teacher", ckpts, "--device", "cpu", "--targets", "error",
                            "--out", tmp_path / "u.pt")  # fmt: skip
     assert code == 2 and "name a measure of the teacher too" in err and err.count("\n") == 1
