@@ -13,6 +13,7 @@ run prints.
 import argparse
 import contextlib
 import gc
+import re
 import statistics
 import sys
 import tempfile
@@ -809,10 +810,22 @@ class Cost(NamedTuple):
     graph_breaks: int | None = None
     waits_per_step: float | None = None  # of the host for the GPU
     note: str = ""  # where it waits, why a graph breaks, or why there are no figures
+    kinds: dict[str, float] = {}  # the part that each of `KERNEL_KINDS` has of the device's time
 
     @property
     def name(self) -> str:
         return f"{self.work}, {'compiled' if self.compiled else 'eager'}"
+
+
+# What a kernel does, by the words in its name; the first line that fits counts.
+KERNEL_KINDS = {
+    "fused, number by number": "triton",
+    "convolutions and matrix products": "gemm|conv|xmma|cutlass|nvjet|mm|wgrad|dgrad|fprop",
+    "batch norm": "batch_norm|bn_",
+    "copies": "memcpy|memset|copy",
+    "number by number": "elementwise|vectorized|relu|add|mul|div|exp",
+    "the rest": "",
+}
 
 
 # ---- what is measured: functions that make a number of steps
@@ -858,11 +871,9 @@ class RepeatedBatch:
                 yield data.Sample(*first_two)
 
 
-def build_training(
-    setting: Setting, compiled: bool, measures: tuple[str, ...], loss_fn: Callable
-) -> Callable[[int, bool], None]:
-    """A function (steps, smaller_last) that trains a new network by the project's own loop."""
-    flags = SimpleNamespace(  # what network and loop read of their flags
+def training_flags(setting: Setting) -> SimpleNamespace:
+    """What the network and the training loop read of their flags."""
+    return SimpleNamespace(
         device=setting.device,
         amp=setting.amp,
         backbone=setting.backbone,
@@ -875,6 +886,13 @@ def build_training(
         lr=1e-4,
         save_every=1000,
     )
+
+
+def build_training(
+    setting: Setting, compiled: bool, measures: tuple[str, ...], loss_fn: Callable
+) -> Callable[[int, bool], None]:
+    """A function (steps, smaller_last) that trains a new network by the project's own loop."""
+    flags = training_flags(setting)
     with contextlib.redirect_stdout(None):
         network = train_ensemble.build_network(flags, 0, NUM_CLASSES, measures)
     wrapped = torch.compile(network, dynamic=False) if compiled else network
@@ -1059,6 +1077,28 @@ def noted_waits(device: torch.device) -> Iterator[list[str]]:
             places.append(f"{Path(warning.filename).name}:{warning.lineno}")
 
 
+def time_by_kind(make_steps: Callable[[int, bool], None], device: torch.device) -> dict[str, float]:
+    """The part that each of `KERNEL_KINDS` has of the device's time in two steps."""
+    activity = torch.profiler.ProfilerActivity.CPU
+    if device.type == "cuda":
+        activity = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[activity]) as profile:
+        make_steps(2, smaller_last=False)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    times = dict.fromkeys(KERNEL_KINDS, 0.0)
+    for event in profile.key_averages():
+        spent = event.self_cpu_time_total
+        if device.type == "cuda":
+            spent = event.self_device_time_total
+        for kind, words in KERNEL_KINDS.items():
+            if re.search(words, event.key.lower()):
+                times[kind] += spent
+                break
+    total = sum(times.values())
+    return {kind: spent / total for kind, spent in times.items() if spent > 0}
+
+
 def measure_cost(
     work: str, compiled: bool, setting: Setting, ceiling: float | None, operations: float
 ) -> Cost:
@@ -1078,6 +1118,7 @@ def measure_cost(
         spent = seconds(partial(make_steps, setting.steps, smaller_last=False), device)
     with noted_waits(device) as waits:
         make_steps(setting.steps, smaller_last=True)
+    kinds = time_by_kind(make_steps, device)
 
     breaks = compiler_counters["graph_break"]
     reasons = [reason.strip().splitlines()[0] for reason in breaks]
@@ -1091,6 +1132,7 @@ def measure_cost(
         recompilations=compiled_graphs() - graphs,
         graph_breaks=sum(breaks.values()),
         note="; ".join(places + reasons),
+        kinds=kinds,
     )
     if device.type != "cuda":
         return cost
@@ -1138,10 +1180,13 @@ def shortfalls(costs: list[Cost]) -> list[str]:
 
 
 def print_costs(setting: Setting, costs: list[Cost], card: str) -> None:
-    """Notes first, then the table."""
+    """Notes first, then what the device spends its time on, then the table."""
     for cost in costs:
         if cost.note:
             print(f"{cost.name}: {cost.note}")
+    for cost in costs:
+        by_share = sorted(cost.kinds.items(), key=lambda item: -item[1])
+        print(f"{cost.name}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in by_share))
 
     def cell(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)

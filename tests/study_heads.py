@@ -1,4 +1,4 @@
-"""A study on CamVid: which uncertainty head, loss and training make a distilled score worth more.
+"""A study on CamVid: which uncertainty head and loss make a distilled score worth more.
 
     python tests/study_heads.py --data CamVid --road-anomaly RoadAnomaly --out study --jobs 2
 
@@ -6,9 +6,9 @@ Whole frames: five members of 30 epochs at 180x240 and, for each variant, one st
 many epochs. A second ensemble, at 120x160, has no labels of bicyclists and pedestrians. Every
 second of the validation images is there to choose a variant by, and only the others are reported.
 
-A head whose features are detached changes nothing but itself. So one student can have several of
-them at once, and each learns what it would learn alone: `ManyHeads`. Afterwards each becomes a
-checkpoint of its own. The other variants are flags of distill.py.
+A head that learns alone changes nothing but itself. So one student can have several of them at
+once, and each learns what it would learn alone: `ManyHeads`. Afterwards each becomes a checkpoint
+of its own. The other variants are flags of distill.py.
 
 A study that was stopped continues with the same command. Prints Markdown tables.
 """
@@ -32,70 +32,67 @@ sys.path.insert(0, str(ROOT))
 import distill  # noqa: E402
 import evaluate  # noqa: E402
 import model  # noqa: E402
-import train_ensemble  # noqa: E402
 from data import IGNORED, Sample  # noqa: E402
-from metrics import ERROR  # noqa: E402
 from model import ConfidenceHead, upsample  # noqa: E402
 
 # ------------------------------------------------------------------ what is compared
 
-MEASURES = ("std", "entropy", "mutual_information", "msp")  # of the teacher, of every variant
 
+class OffsetHead(ConfidenceHead):
+    """A `ConfidenceHead` whose weights b are two numbers a measure, the same everywhere."""
 
-class SlopesHead(ConfidenceHead):
-    """A `ConfidenceHead` that predicts its weights b by place, as it does a."""
+    hidden_layers = 2
 
     def __init__(self, channels: int, num_measures: int):
         super().__init__(channels, num_measures)
-        self.num_measures = num_measures
-        before = self.from_features[-1]
-        last = nn.Conv2d(before.in_channels, 3 * num_measures, kernel_size=1)
+        layers = list(self.stack)
+        if self.hidden_layers == 0:
+            layers = [nn.Conv2d(channels, 3 * num_measures, kernel_size=1)]
+        before = layers.pop()
+        last = nn.Conv2d(before.in_channels, num_measures, kernel_size=1)
         nn.init.normal_(last.weight, std=0.01)
-        nn.init.constant_(last.bias[:num_measures], self.START)
-        nn.init.constant_(last.bias[num_measures:], self.START_OF_WEIGHTS)
-        self.from_features[-1] = last
-        del self.from_confidence
+        nn.init.constant_(last.bias, self.START)
+        self.stack = nn.Sequential(*layers, last)  # a
+        self.weights = nn.Conv2d(2, num_measures, kernel_size=1, bias=False)  # b
+        nn.init.constant_(self.weights.weight, self.START_OF_WEIGHTS)
 
     def forward(self, features: Tensor, logits: Tensor) -> Tensor:
         """[B, channels, h, w] and [B, C, H, W] -> [B, T, H, W] in (0, 1)."""
-        predicted = upsample(self.from_features(features.detach()), logits.shape[-2:])
-        a, first_b, second_b = predicted.split(self.num_measures, dim=1)  # [B, T, H, W] each
-        z = self.log_odds(logits.detach())  # [B, 2, H, W]
-        return (a + first_b * z[:, :1] + second_b * z[:, 1:]).sigmoid()
+        a = upsample(self.stack(features.detach()), logits.shape[-2:])  # [B, T, H, W]
+        return (a + self.weights(self.log_odds(logits.detach()))).sigmoid()
 
 
-class Detached(NamedTuple):
-    """A variant that is a head of its own on detached features."""
+class FlatHead(OffsetHead):
+    """An `OffsetHead` of a single 1x1 convolution."""
 
-    head: str  # as `build_head` here names it
-    learns_error: bool = False
+    hidden_layers = 0
+
+
+class WideHead(ConfidenceHead):
+    WIDTH = 128
+
+
+class Alone(NamedTuple):
+    """A variant that is a head of its own, learned alone."""
+
+    head: type[ConfidenceHead]
     in_logarithms: bool = False  # smooth L1 of log(1e-3 + u) in place of the RMSLE
 
 
-DETACHED = {
-    "confidence, 1x1": Detached("confidence-1x1"),
-    "confidence": Detached("confidence"),
-    "confidence, slopes": Detached("slopes"),
-    "confidence, error": Detached("confidence", learns_error=True),
-    "confidence, log loss": Detached("confidence", in_logarithms=True),
+ALONE = {
+    "b everywhere the same, 1x1": Alone(FlatHead),
+    "b everywhere the same": Alone(OffsetHead),
+    "confidence, twice as wide": Alone(WideHead),
+    "confidence, log loss": Alone(ConfidenceHead, in_logarithms=True),
 }
+MEASURES = (*distill.DEFAULT_TARGETS["confidence"],)  # of each of them; the last is `ERROR`
 
-# Flags of distill.py, and `GRADIENT_VIEWS`, which is this study's own. The published recipe has the
-# paper's head and the std alone.
-STRONG = ("--strong-views", "--unlabelled-weight", "0.3")
-GRADIENT_VIEWS = "--gradient-views"
+# Flags of distill.py.
 SINGLE = {
-    "published": ("--head", "paper", "--targets", "std"),
-    "paper head, four measures": ("--head", "paper"),
-    "confidence, attached": ("--head", "confidence-attached"),
-    "confidence + probabilities": ("--head", "confidence", "--distill-probs", "1"),
-    "attached + strong views, decoder": (
-        ("--head", "confidence-attached", "--unlabelled-depth", "decoder") + STRONG
-    ),
-    "attached + strong views, all": ("--head", "confidence-attached") + STRONG,
-    "attached + gradient views": ("--head", "confidence-attached", GRADIENT_VIEWS),
-    "paper + strong views": ("--head", "paper") + STRONG,
-    "paper + gradient views": ("--head", "paper", GRADIENT_VIEWS),
+    "published": ("--head", "paper"),
+    "paper head, four measures": ("--head", "paper", "--targets", *MEASURES[:-1]),
+    "confidence": (),
+    "confidence, labels alone": ("--distill-probs", "0"),
 }
 
 # Flags of both trainings: a process that trains for a minute has no time to compile.
@@ -110,114 +107,69 @@ ENSEMBLES = {
     + ("--scale", "0.75", "1.25", "--hold-out", "bicyclist", "pedestrian"),
 }
 # What is trained of the second ensemble; it takes no part in choosing.
-HELD_OUT_VARIANTS = ("published", "paper head, four measures")
+HELD_OUT_VARIANTS = ("published", "confidence")
 
 
 # ------------------------------------------------------------------ several heads at once
 
 
 class ManyHeads(nn.Module):
-    """All `DETACHED` heads; their channels one after the other, as `variant_channels` says."""
+    """All heads of `ALONE`, each with its channels one after the other."""
 
-    def __init__(self, channels: int, num_measures: int):
+    def __init__(self, channels: int):
         super().__init__()
-        self.heads = nn.ModuleList()
-        for variant in DETACHED.values():
-            count = num_measures + variant.learns_error
-            self.heads.append(build_head(variant.head, channels, count))
+        heads = [variant.head(channels, len(MEASURES)) for variant in ALONE.values()]
+        self.heads = nn.ModuleList(heads)
 
     def forward(self, features: Tensor, logits: Tensor) -> Tensor:
         return torch.cat([head(features, logits) for head in self.heads], dim=1)
 
 
 project_build_head = model.build_head
-project_distillation_loss = distill.distillation_loss
 
 
 def build_head(name: str, channels: int, num_measures: int) -> nn.Module:
-    """`model.build_head` that knows two more."""
+    """`model.build_head` that also knows "many" and the variants of `ALONE` by their names."""
     if name == "many":
-        return ManyHeads(channels, num_measures)
-    if name == "slopes":
-        return SlopesHead(channels, num_measures)
+        return ManyHeads(channels)
+    if name in ALONE:
+        return ALONE[name].head(channels, num_measures)
     return project_build_head(name, channels, num_measures)
 
 
 def many_losses(
-    network: nn.Module,
-    batch: Sample,
-    targets: distill.TeacherTargets,
-    weights: distill.LossWeights,
-    **_,
+    student: nn.Module, batch: Sample, targets: distill.TeacherTargets
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`distill.distillation_loss` of every head; the segmentation learns from labels alone."""
+    """`distill.head_loss` of every head. Their sum: Adam's steps do not depend on its scale."""
+    student.eval()
     target = targets.for_batch(batch).uncertainty
-    logits, uncertainty = network(batch.images)
-    valid = batch.labels != IGNORED
-    loss = train_ensemble.cross_entropy(logits, batch.labels)
-    logs = {"ce": loss}
-    first = 0
-    for name, variant in DETACHED.items():
-        last = first + len(MEASURES)
-        terms = []
-        pairs = zip(uncertainty[:, first:last].unbind(1), target.unbind(1), strict=True)
-        for student, teacher in pairs:
-            if variant.in_logarithms:
-                difference = (1e-3 + student).log() - (1e-3 + teacher).log()
-                zero = torch.zeros_like(difference)
-                error = nn.functional.smooth_l1_loss(difference, zero, reduction="none")
-                terms.append(distill.weighted_mean(error, valid))
-            else:
-                terms.append(distill.rmsle(student, teacher, valid))
-        if variant.learns_error:
-            terms.append(distill.error_loss(uncertainty[:, last], logits, batch.labels))
-            last += 1
-        # As each weighs in the mean of four: `build_optimizer` is told of four measures.
-        logs[name] = torch.stack(terms).sum() / len(MEASURES)
-        loss = loss + weights.uncertainty * logs[name]
-        first = last
-    return loss, logs
+    logits, uncertainty = student(batch.images)
+    channels_of_heads = uncertainty.split(len(MEASURES), dim=1)
+    logs = {}
+    for (name, variant), channels in zip(ALONE.items(), channels_of_heads, strict=True):
+        if variant.in_logarithms:
+            logs[name] = logarithmic_loss(channels, logits, batch.labels, target)
+        else:
+            logs[name], _ = distill.uncertainty_loss(channels, logits, batch.labels, target)
+    return torch.stack(list(logs.values())).sum(), logs
 
 
-def gradient_loss(
-    network: nn.Module,
-    batch: Sample,
-    targets: distill.TeacherTargets,
-    weights: distill.LossWeights,
-    **_,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`distill.distillation_loss`, and the RMSLE of images that make the members disagree.
-
-    Each image goes a step against the margin of a member, by chance one of them and of a length
-    by chance, between its two likeliest classes. From there the student learns the uncertainty
-    alone.
-    """
-    loss, logs = project_distillation_loss(network, batch, targets, weights)
-    count = len(batch.images)
-    members = targets.teacher.members
-    member = members[int(torch.randint(len(members), ()))]
-    pixels = (batch.images.float() / 255).requires_grad_()
-    with torch.enable_grad():
-        two_largest = member(pixels).logits.topk(2, dim=1).values
-        margin = (two_largest[:, 0] - two_largest[:, 1]).mean()
-    (gradient,) = torch.autograd.grad(margin, pixels)
-    length = torch.empty(count, 1, 1, 1, device=pixels.device).uniform_(2 / 255, 16 / 255)
-    odd = (255 * (pixels.detach() - length * gradient.sign())).round().clamp(0, 255).byte()
-
-    target = targets.run_teacher(odd, odd.shape[-2:], [0], targets.measures)
-    with distill.frozen_statistics(network):
-        uncertainty = network(odd).uncertainty
-    valid = batch.labels != IGNORED
-    pairs = zip(uncertainty.unbind(1), target.unbind(1), strict=True)
-    terms = [distill.rmsle(student, teacher, valid) for student, teacher in pairs]
-    logs["gradient"] = torch.stack(terms).mean()
-    return loss + 0.3 * weights.uncertainty * logs["gradient"], logs
+def logarithmic_loss(uncertainty: Tensor, logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
+    """`distill.uncertainty_loss` with the smooth L1 distance of log(1e-3 + u) for the RMSLE."""
+    valid = labels != IGNORED
+    terms = [distill.error_loss(uncertainty[:, -1], logits, labels)]
+    for student, teacher in zip(uncertainty[:, :-1].unbind(1), target.unbind(1), strict=True):
+        distance = nn.functional.smooth_l1_loss(
+            (1e-3 + student).log(), (1e-3 + teacher).log(), reduction="none"
+        )
+        terms.append(distill.mean_of_valid(distance, valid))
+    return torch.stack(terms).mean()
 
 
 def split_heads(path: Path) -> None:
     """A checkpoint for every head of the student of `ManyHeads` at `path`."""
     checkpoint = torch.load(path, weights_only=True)
-    for number, (name, variant) in enumerate(DETACHED.items()):
+    for number, name in enumerate(ALONE):
         prefix = f"uncertainty.heads.{number}."
         weights = {}
         for key, value in checkpoint["model"].items():
@@ -225,10 +177,7 @@ def split_heads(path: Path) -> None:
                 weights["uncertainty." + key.removeprefix(prefix)] = value
             elif not key.startswith("uncertainty."):
                 weights[key] = value
-        measures = list(MEASURES)
-        if variant.learns_error:
-            measures.append(ERROR)
-        config = checkpoint["config"] | {"head": variant.head, "measures": measures}
+        config = checkpoint["config"] | {"head": name}
         single = checkpoint | {"model": weights, "config": config}
         model.save_atomically(path.with_name(f"{file_name(name)}-{seed_of(path)}.pt"), single)
 
@@ -244,16 +193,14 @@ def seed_of(path: Path) -> str:
 def run_command(script: str, flags: list[str]) -> int:
     """distill.py or evaluate.py in this process, with the heads that only this study has."""
     model.build_head = build_head
-    model.HEADS = (*model.HEADS, "many", "slopes")
-    distill.HEADS = model.HEADS
+    distill.HEADS = (*model.HEADS, "many")
+    distill.DEFAULT_TARGETS["many"] = MEASURES
     module = {"distill.py": distill, "evaluate.py": evaluate}[script]
-    if "many" in flags:
-        distill.distillation_loss = many_losses
-    if GRADIENT_VIEWS in flags:
-        flags.remove(GRADIENT_VIEWS)
-        distill.distillation_loss = gradient_loss
+    has_many = "many" in flags
+    if has_many:
+        distill.head_loss = many_losses
     code = evaluate.run_main(module.main, module.get_args_parser(), flags)
-    if "many" in flags and code == 0:
+    if has_many and code == 0:
         split_heads(Path(flags[flags.index("--out") + 1]))
     return code
 
@@ -292,11 +239,11 @@ class Study:
             self.call("train_ensemble.py", *flags, *TRAINING, "--out", name)
 
     def train_student(self, ensemble: str, variant: str, seed: int) -> None:
-        """A student at `student_path`, or all of `DETACHED` where the variant is "detached"."""
+        """A student at `student_path`, or all of `ALONE` where the variant is "alone"."""
         flags = ["--teacher", ensemble, "--data", self.data, "--seed", seed, *TRAINING]
         flags += ["--views", 1 if ensemble == "members" else 5]
-        if variant == "detached":
-            path = self.student_path(ensemble, "detached", seed)
+        if variant == "alone":
+            path = self.student_path(ensemble, "alone", seed)
             flags += ["--head", "many"]
         else:
             path = self.student_path(ensemble, variant, seed)
@@ -326,10 +273,9 @@ class Study:
         """(ensemble, variant, seed) of each student, seed by seed, the cheapest answers first."""
         waiting = []
         for seed in range(self.seeds):
-            waiting.append(("members", "detached", seed))
+            waiting.append(("members", "alone", seed))
             waiting += [("members", variant, seed) for variant in self.variants]
         for seed in range(self.seeds):
-            waiting.append(("held_out", "detached", seed))
             waiting += [("held_out", variant, seed) for variant in HELD_OUT_VARIANTS]
         return waiting
 
@@ -351,8 +297,9 @@ class Study:
                 raise
 
             waiting = {}
-            for ensemble, singles in (("members", self.variants), ("held_out", HELD_OUT_VARIANTS)):
-                for variant in (*singles, *DETACHED):
+            variants_of = {"members": (*self.variants, *ALONE), "held_out": HELD_OUT_VARIANTS}
+            for ensemble, variants in variants_of.items():
+                for variant in variants:
                     for part in ("choose", "report"):
                         runs = []
                         for seed in range(self.seeds):

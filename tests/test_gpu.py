@@ -50,11 +50,21 @@ def test_the_benchmark_measures_every_row(traced_only, monkeypatch, capsys):
         assert cost.ms_per_image > 0
         assert cost.recompilations == cost.graph_breaks == 0, cost
         assert cost.share is None and cost.waits_per_step is None
+        assert sum(cost.kinds.values()) == pytest.approx(1)
+        assert cost.kinds["convolutions and matrix products"] > 0.1
     capsys.readouterr()
     benchmarks.print_costs(TINY, costs, "a toy")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 + 8  # an empty line, the title, the header
+    assert len(lines) == 8 + 3 + 8  # kinds of work; an empty line, the title, the header; costs
+    assert lines[0].startswith("training step, eager: ") and "convolutions" in lines[0]
     assert lines[-1].startswith("validation, compiled") and lines[-1].endswith(" -")
+
+
+def test_the_benchmark_has_all_flags_that_a_gpu_asks_for(capsys):
+    """On the first GPU a network was not built: the batch size was missing."""
+    flags = benchmarks.training_flags(TINY._replace(batch_size=4))
+    train_ensemble.warn_of_memory(flags, 19, total_bytes=10**6)
+    assert "a training step keeps about" in capsys.readouterr().out
 
 
 def test_operations_are_those_of_the_reference():
