@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 HELD_OUT = ("bicyclist", "pedestrian")
 
 # Flags of distill.py, by the name of the variant.
-STD = ("--targets", "std")
-ALL = ("--targets", "std", "entropy", "mutual_information", "msp")
+STD = ("--head", "paper")
+ALL = ("--head", "paper", "--targets", "std", "entropy", "mutual_information", "msp")
 PROBS = ("--distill-probs", "1")
 TARGET_VARIANTS = {
     "std alone": STD,
