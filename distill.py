@@ -728,7 +728,8 @@ def open_targets(
     if distillation.views > 0:
         if with_probs:
             largest += [1.0] * len(val_set.classes)
-        kept_views = min(distillation.views, flags.epochs + distillation.head_epochs)
+        # The head's epochs begin with the same views as those of the segmentation.
+        kept_views = min(distillation.views, max(flags.epochs, distillation.head_epochs))
         shape = (kept_views, len(views), len(largest), *flags.crop_size)
         train_path = path.with_suffix(".targets.npy")
         train_cache = open_cache(train_path, shape, largest, identity, flags.device)
@@ -856,9 +857,14 @@ def choose_lessons(command: dict) -> dict:
 def views_of_work(flags: TrainingFlags, distillation: DistillationFlags, members: int) -> float:
     """The work on one image in training steps of a view: those of the student in all epochs, and
     a third of a step for each pass of a member and for each view that the head learns alone."""
-    views_of_teacher = flags.epochs + distillation.head_epochs  # a new one in each
+    epochs_with_teacher = flags.epochs
+    if distillation.head != "paper" and distillation.distill_probs == 0:
+        epochs_with_teacher = 0  # the segmentation learns from the labels alone
     if distillation.views > 0:
-        views_of_teacher = min(distillation.views, views_of_teacher)
+        most_epochs = max(epochs_with_teacher, distillation.head_epochs)
+        views_of_teacher = min(distillation.views, most_epochs)
+    else:
+        views_of_teacher = epochs_with_teacher + distillation.head_epochs  # a new one in each
     passes = members * views_of_teacher + distillation.head_epochs
     return flags.epochs + passes / 3
 
@@ -890,6 +896,10 @@ def main(args: argparse.Namespace) -> None:
     path = args.out or member_files(args.teacher)[0].with_name("student.pt")
     if path.suffix != ".pt":  # the files beside it have its name with another suffix
         raise UsageError(f"--out {path}: name a file that ends in .pt")
+    if path.stem.endswith("-head"):
+        raise UsageError(
+            f"--out {path}: the files of a student's head have names that end so; use another name"
+        )
 
     with process_group(flags.device):
         # ------------------------------------------------------------ data
@@ -921,11 +931,12 @@ def main(args: argparse.Namespace) -> None:
         with lock:
             if args.overwrite and is_first_process():
                 remove_files(path, WRITTEN)
-                remove_files(path_of_head(path), WRITTEN)
+                remove_files(path_of_head(path), (".jsonl", *UNFINISHED))
             wait_for_group(flags.device)
             refuse_other_command(path, flags.recorded)
             if path.exists():
                 report_finished(path)
+                remove_files(path_of_head(path), UNFINISHED)  # a kill may have left them
             else:
                 train_student(path, teacher, train_set, val_set, flags, distillation)
 

@@ -3183,17 +3183,19 @@ def anomalies_sentence(results: dict) -> str:
 
 
 def training_logs(checkpoints: Sequence[Path]) -> dict[str, list[dict]]:
-    """The lines of the .jsonl beside each checkpoint, by its name; a network without
-    one is left out, and one that cannot be read is left out with a warning."""
+    """The lines of the .jsonl beside each checkpoint, by its name, and those of a head that
+    learned alone; a network without one is left out, and one that cannot be read is left
+    out with a warning."""
     logs = {}
     for checkpoint in checkpoints:
-        path = checkpoint.with_suffix(".jsonl")
-        if not path.exists():  # a checkpoint may come from elsewhere
-            continue
-        try:
-            logs[checkpoint.stem] = read_log(path)
-        except ValueError as error:
-            warn(f"{path} is no log of a training ({error}); its curves are left out")
+        for name in (checkpoint.stem, f"{checkpoint.stem}-head"):
+            path = checkpoint.with_name(f"{name}.jsonl")
+            if not path.exists():  # a checkpoint may come from elsewhere, or learn in one go
+                continue
+            try:
+                logs[name] = read_log(path)
+            except ValueError as error:
+                warn(f"{path} is no log of a training ({error}); its curves are left out")
     return logs
 
 

@@ -761,6 +761,11 @@ def build_model(checkpoint: dict, path: str | Path) -> DeepLabV3:
     Raises ModelError where the weights do not fit the configuration.
     """
     config = checkpoint["config"]
+    if "uncertainty.from_confidence.weight" in checkpoint["model"]:
+        raise ModelError(
+            f"{path} was written by another version of this program, whose confidence head was "
+            "another; use it with that version, or distil it anew"
+        )
     normalisation = config.get("normalisation", {"mean": IMAGENET_MEAN, "std": IMAGENET_STD})
     network = DeepLabV3(
         config["backbone"],

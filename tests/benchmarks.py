@@ -377,8 +377,12 @@ class Distillation:
 
     def project(self) -> None:
         """An epoch as distill.py runs it."""
-        weights = distill.LossWeights(uncertainty=1.0, probs=0.0)
-        loss_fn = partial(distill.distillation_loss, targets=self.targets, weights=weights)
+        loss_fn = partial(
+            distill.distillation_loss,
+            targets=self.targets,
+            uncertainty_weight=1.0,
+            probs_weight=0.0,
+        )
         self.train(loss_fn)
         target = self.targets.for_validation
         evaluate.validate(self.student, self.val_loader, self.device, "off", target)
@@ -927,7 +931,7 @@ def build_member(setting: Setting, compiled: bool) -> Callable[[int, bool], None
 
 
 def build_student(setting: Setting, compiled: bool) -> Callable[[int, bool], None]:
-    """Distilling steps of a student, whose teacher sees every batch (`--views 0`)."""
+    """Steps of a student's segmentation, whose teacher sees every batch (`--views 0`)."""
     members = []
     for _ in range(TEACHER_MEMBERS):
         members.append(DeepLabV3(setting.backbone, NUM_CLASSES))
@@ -935,18 +939,19 @@ def build_student(setting: Setting, compiled: bool) -> Callable[[int, bool], Non
     teacher.to(setting.device, memory_format=torch.channels_last)
     if compiled:
         teacher.compile_for_one_size()
-    measures = distill.DEFAULT_TARGETS
+    measures = list(metrics.MEASURES)
     loss_fn = partial(
-        distill.distillation_loss,
-        targets=distill.TeacherTargets(teacher, list(measures), with_probs=False, amp=setting.amp),
-        weights=distill.LossWeights(uncertainty=1.0, probs=0.0),
+        distill.student_segmentation_loss,
+        targets=distill.TeacherTargets(teacher, measures, with_probs=True, amp=setting.amp),
+        probs_weight=1.0,
     )
-    return build_training(setting, compiled, measures, loss_fn)
+    return build_training(setting, compiled, (), loss_fn)
 
 
 def build_forward(setting: Setting, compiled: bool) -> Callable[[int, bool], None]:
     """Passes of a student from uint8 pixels on the device to classes and uncertainties."""
-    student = DeepLabV3(setting.backbone, NUM_CLASSES, distill.DEFAULT_TARGETS).eval()
+    measures = distill.DEFAULT_TARGETS["confidence"]
+    student = DeepLabV3(setting.backbone, NUM_CLASSES, measures, head="confidence").eval()
     student.to(setting.device, memory_format=torch.channels_last)
     network = evaluate.compiled(student) if compiled else student
     images = training_batch(setting).images.to(setting.device)

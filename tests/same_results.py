@@ -27,7 +27,7 @@ MEMBERS = ("--members", "2", "--epochs", "1", "--parallel", "1")
 MEMBERS += ("--scale", "0.75", "1.5", "--crop-size", "40", "56")
 STUDENTS = {
     "student": ("--epochs", "1"),
-    "online": ("--epochs", "1", "--views", "0", "--targets", "std"),
+    "online": ("--epochs", "1", "--views", "0", "--targets", "std", "--head", "paper"),
     "accumulated": ("--epochs", "2", "--views", "2", "--targets", "std", "entropy")
     + ("--accumulate", "2", "--batch-size", "8", "--select", "best"),
 }
@@ -93,9 +93,9 @@ def collect(folder: Path) -> dict[str, str]:
         results[f"{path.name} weights"] = digest(b"".join(weights))
         for part in ("args", "config", "metrics"):
             results |= leaves(f"{path.name} {part}", checkpoint[part])
-        log = path.with_suffix(".jsonl").read_text().splitlines()
-        for number, line in enumerate(log):
-            results |= leaves(f"{path.name} log {number}", json.loads(line))
+    for path in sorted((folder / "ckpts").glob("*.jsonl")):
+        for number, line in enumerate(path.read_text().splitlines()):
+            results |= leaves(f"{path.name} {number}", json.loads(line))
     for pattern in ("*.targets.npy", "scores/*/*/*.npy", "results*/panels/*.png"):
         for path in sorted(folder.glob(pattern)):
             results[str(path.relative_to(folder))] = digest(path.read_bytes())

@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch import nn
 
 import data
+import distill
 import evaluate
 import train_ensemble
 from model import (
@@ -118,6 +119,55 @@ def test_a_training_compiles_once(tmp_path, compiled_graphs):
         # One graph for all members, epochs and full batches, one for the full batches of all
         # their validations; none for the smaller batches.
         assert compiled_graphs == [(4, 3, 32, 32), (2, 3, 40, 56)]
+
+
+class ToyStudent(Toy):
+    """A `Toy` that gets a head of its own."""
+
+    def add_uncertainty(self, measures, head):
+        self.uncertainty = nn.Conv2d(4, len(measures), 1)
+
+    def forward(self, images, size=None):
+        features = self.backbone(images.float() / 255)
+        uncertainty = None
+        if self.uncertainty is not None:
+            uncertainty = self.uncertainty(features.detach()).sigmoid()
+        return Prediction(self.classifier(features), uncertainty)
+
+
+class Certain:
+    """As `distill.TeacherTargets`, of a teacher that is never in doubt."""
+
+    def for_batch(self, batch):
+        return distill.Target(torch.zeros(len(batch.images), 1, 32, 32), probs=None)
+
+    def for_validation(self, images, size, index):
+        return torch.zeros(len(images), *size)
+
+
+def test_a_student_compiles_a_graph_for_each_of_its_trainings(
+    tmp_path, compiled_graphs, monkeypatch
+):
+    folder = write_folder(tmp_path / "data", train=6, val=3)
+    train_set = data.open_dataset("folder", folder, "train")
+    val_set = data.open_dataset("folder", folder, "val")
+    views = data.TrainingViews(train_set, (32, 32), (0.5, 2.0), [1, 2, 3])
+    lessons = distill.Lessons(
+        train_loader=data.training_loader(views, 4, 0, CPU),  # 4 + 2 images
+        val_loader=data.evaluation_loader(val_set, 2, 0, CPU),  # 2 + 1 images
+        targets=Certain(),
+        num_classes=4,
+        val_has_one_size=True,
+    )
+    flags = flags_of(epochs=2, lr=0.05, head_lr_mult=1.0, weight_decay=0.0, warmup=0)
+    flags = flags._replace(select="last", compile=True, seed=0)
+    settings = {name: 0 for name in distill.DistillationFlags._fields}
+    settings |= {"measures": ["std"], "learns_error": False, "head": "confidence"}
+    distillation = distill.DistillationFlags(**(settings | {"head_epochs": 2}))
+    monkeypatch.setattr(distill, "build_network", lambda *settings: ToyStudent(4))
+    distill.train_in_turn(tmp_path / "s.pt", lessons, flags, distillation)
+    # The segmentation's steps and validations, then the head's.
+    assert compiled_graphs == 2 * [(4, 3, 32, 32), (2, 3, 40, 56)]
 
 
 def test_the_sums_over_members_compile_once():

@@ -92,7 +92,7 @@ def test_metrics_json_equals_brute_force(trained, evaluated):
     # every key of the contract
     free = {"entropy", "msp", "max_logit", "energy"}
     measures = {"std", "entropy", "mutual_information", "msp"}
-    learned = {"dudes", "dudes_entropy", "dudes_mutual_information", "dudes_msp"}
+    learned = {"dudes", "dudes_entropy", "dudes_mutual_information", "dudes_msp", "error"}
     models = {"member": free, "teacher": measures, "student": learned | free}
     keys = {f"{model}/{score}" for model, scores in models.items() for score in scores}
     assert set(results["uncertainty"]) == keys == set(results["ood"]["pasted"])
@@ -234,7 +234,8 @@ def test_the_comparison_equals_drawing_images(trained, command, tmp_path):
     whole = {key: auroc(key, range(images)) for key in cells}
     best = max(free, key=lambda key: whole[key])
     assert results["best_free"] == best and results["value"] == pytest.approx(whole[best])
-    learned = {key for key in whole if key.startswith(("student/dudes", "teacher/"))}
+    learned = set(whole) - set(free) - {key for key in whole if key.startswith("member/")}
+    assert "student/error" in learned
     assert set(results["scores"]) == learned == set(comparison["errors"]["aurc"]["scores"])
 
     draws = comparison["draws"]

@@ -176,15 +176,15 @@ def test_the_confidence_head_equals_its_definition():
     logits[0, 0, 0] = 1000.0  # certain: 1 - max softmax is 0
     logits[1, :, 0] = 0.0  # the entropy is log C
     head = build_head("confidence", 8, 3)
-    torch.nn.init.normal_(head.from_confidence.weight)
+    torch.nn.init.normal_(head.stack[-1].weight)  # so that the weights differ by place
 
     p = logits.double().softmax(1)
     entropy = torch.special.entr(p).sum(1) / math.log(5)
     z = torch.stack([1 - p.amax(1), entropy], 1).clamp(1e-5, 1 - 1e-5)
     z = (z / (1 - z)).log()
-    b = head.from_confidence.weight[:, :, 0, 0].double()  # [T, 2]
-    a = upsample(head.from_features(features), (12, 16)).double()
-    expected = (a + torch.einsum("tk,bkhw->bthw", b, z)).sigmoid()
+    predicted = upsample(head.stack(features), (12, 16)).double()  # [B, 3 T, H, W]
+    a, b = predicted[:, :3], predicted[:, 3:].unflatten(1, (2, 3))  # b [B, 2, T, H, W]
+    expected = (a + torch.einsum("bkthw,bkhw->bthw", b, z)).sigmoid()
     # near 1e-5 the float32 of 1 - max softmax is good to half a percent
     torch.testing.assert_close(head(features, logits).double(), expected, rtol=5e-3, atol=1e-6)
 
@@ -193,25 +193,16 @@ def test_the_confidence_head_starts_near_the_networks_own_doubt():
     head = build_head("confidence", 8, 1)
     even = head(torch.zeros(1, 8, 3, 4), torch.zeros(1, 2, 12, 16))  # p = 1/2 each
     assert even.mean().item() == pytest.approx(1 / (1 + math.exp(1.5 - 0.25 * 11.5)), abs=0.01)
-    assert [type(layer).__name__ for layer in head.from_features] == [
+    assert [type(layer).__name__ for layer in head.stack] == [
         "Conv2d",
         "GELU",
         "Conv2d",
         "GELU",
         "Conv2d",
     ]
-    assert len(build_head("confidence-1x1", 8, 1).from_features) == 1
 
 
-@pytest.mark.parametrize(
-    "head, reaches_the_features",
-    [
-        ("paper", True),
-        ("confidence", False),
-        ("confidence-1x1", False),
-        ("confidence-attached", True),
-    ],
-)
+@pytest.mark.parametrize("head, reaches_the_features", [("paper", True), ("confidence", False)])
 def test_a_detached_head_does_not_change_the_network(head, reaches_the_features):
     network = DeepLabV3("resnet18", 3, ("std",), head=head)
     images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
@@ -281,8 +272,22 @@ def test_a_checkpoint_says_which_head_it_has(tmp_path):
         assert torch.equal(loaded(images).uncertainty, network(images).uncertainty)
     checkpoint["config"]["head"] = "new"
     save_atomically(tmp_path / "s.pt", checkpoint)
-    with pytest.raises(ModelError, match="unknown uncertainty head 'new'; choose one of paper"):
+    with pytest.raises(ModelError, match="unknown uncertainty head 'new'; choose one of confid"):
         load_model(tmp_path / "s.pt")
+
+
+def test_a_confidence_head_of_another_version_is_refused_in_one_line(tmp_path):
+    network = DeepLabV3("resnet18", 3, ("std",), head="confidence")
+    weights = network.state_dict()
+    for name in list(weights):
+        if name.startswith("uncertainty.stack"):
+            weights[name.replace("stack", "from_features")] = weights.pop(name)
+    weights["uncertainty.from_confidence.weight"] = torch.zeros(1, 2, 1, 1)
+    entries = config(measures=["std"], head="confidence")
+    save_atomically(tmp_path / "s.pt", {"model": weights, "config": entries, "args": {}})
+    with pytest.raises(ModelError, match=r"s\.pt was written by another version") as refusal:
+        load_model(tmp_path / "s.pt")
+    assert "\n" not in str(refusal.value) and "distil it anew" in str(refusal.value)
 
 
 class Malicious:

@@ -104,7 +104,8 @@ def test_a_student_of_two_nodes_goes_on_after_one_was_killed(trained, tmp_path):
     _, ckpts = trained
     path = tmp_path / "student.pt"
     state = path.with_suffix(".state")
-    flags = ["--teacher", ckpts, "--batch-size", 4, "--epochs", 4, "--views", 1]
+    flags = ["--teacher", ckpts, "--batch-size", 4, "--epochs", 4, "--head-epochs", 1]
+    flags += ["--views", 1]
     flags += ["--device", "cpu", "--save-every", 1e-9, "--out", path]
     with Nodes("distill.py", *flags) as nodes:
         deadline = time.monotonic() + 120
@@ -125,6 +126,7 @@ def test_a_student_of_two_nodes_goes_on_after_one_was_killed(trained, tmp_path):
     assert [json.loads(line)["epoch"] for line in log] == [1, 2, 3, 4]
     assert load_model(path).uncertainty is not None
     left = list(tmp_path.iterdir())
-    assert {file.name for file in left} == {"student.pt", "student.jsonl"}
+    names = {file.name for file in left}
+    assert names == {"student.pt", "student.jsonl", "student-head.jsonl"}
     for file in left:
         assert permissions(file) == PERMISSIONS[0]

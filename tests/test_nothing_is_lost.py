@@ -450,7 +450,8 @@ def test_members_dealt_out_are_the_same_and_a_student_trains_in_two_processes(tr
     assert first[0] == second[0] == 0, (first, second)
     assert first[1].count("epoch 1/1") == 1 and second[1] == ""
     assert load_model(tmp_path / "student.pt").uncertainty is not None
-    assert {p.suffix for p in tmp_path.glob("student*")} == {".pt", ".jsonl"}
+    names = {path.name for path in tmp_path.glob("student*")}
+    assert names == {"student.pt", "student.jsonl", "student-head.jsonl"}
 
 
 def distil_an_epoch(rank, root, world, frozen):
@@ -489,8 +490,9 @@ def distil_an_epoch(rank, root, world, frozen):
         student.eval()
         student.train = lambda mode=True: student
     run = train_ensemble.Run(root / "s.pt", student, network, optimizer, scaler, state, [], [])
-    weights = distill.LossWeights(uncertainty=1.0, probs=0.0)
-    loss_fn = functools.partial(distill.distillation_loss, targets=targets, weights=weights)
+    loss_fn = functools.partial(
+        distill.distillation_loss, targets=targets, uncertainty_weight=1.0, probs_weight=0.0
+    )
     flags = flags_of(epochs=1, lr=0.05, warmup=0)
     steps = []
     progress = argparse.Namespace(show=lambda state, lr: steps.append(lr))

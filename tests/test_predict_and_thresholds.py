@@ -169,7 +169,8 @@ def test_the_page_has_a_lead_training_curves_and_the_confusion_matrix(trained, e
     assert sentences[2].startswith("Unknown objects are found best by ")
     for title in ("Training loss", "Validation mIoU", "Confusion matrix"):
         assert f"<title>{title}</title>" in page
-    assert page.count("member_01") == 2  # in the legends of both training curves
+    for name in ("member_01", "student", "student-head"):  # in both legends of the training
+        assert page.count(f">{name}</text>") == 2, name
     # each network has a row of its own above those of its scores, the best of which is bold
     assert page.count('<tr class="network"><th>student') == 3  # errors, anomalies, comparison
     assert page.count('<td class="best">') > 20
@@ -199,6 +200,10 @@ def test_a_damaged_log_costs_its_curves_alone(tmp_path, capsys):
         assert evaluate.training_logs([tmp_path / "student.pt", tmp_path / "gone.pt"]) == {}
         err = capsys.readouterr().err
         assert err.startswith("warning: ") and "student.jsonl" in err and err.count("\n") == 1
+    line = '{"epoch": 1, "loss": 1.0}'
+    (tmp_path / "student-head.jsonl").write_text(line)  # of a head that learned alone
+    logs = evaluate.training_logs([tmp_path / "student.pt"])
+    assert logs == {"student-head": [json.loads(line)]}
 
 
 def test_learning_curves_pass_over_epochs_without_validation():

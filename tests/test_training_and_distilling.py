@@ -1,6 +1,7 @@
 """The training loop: schedule, loss, reproducibility, resuming, refusals; and the distillation."""
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -40,7 +41,7 @@ def test_schedule_at_both_ends():
 
 
 def test_streams_share_nothing():
-    keys = itertools.product(range(3), ("member", "student"), range(5))
+    keys = itertools.product(range(3), ("member", "student", "head"), range(5))
     streams = [train_ensemble.random_stream(*key) for key in keys]
     seeds = [seed for stream in streams for seed in (stream.torch_seed, *stream.view_seeds)]
     assert len(seeds) == len(set(seeds)) == 4 * len(streams)
@@ -227,8 +228,7 @@ def test_padding_enters_no_uncertainty_loss_but_void_does():
     batch = batch_of(False)
     batch.labels[:, :16] = VOID
     batch.labels[:, 16:] = IGNORED
-    weights = distill.LossWeights(uncertainty=1.0, probs=0.0)
-    _, logs = distill.distillation_loss(student, batch, targets, weights)
+    _, logs = distill.distillation_loss(student, batch, targets, 1.0, probs_weight=0.0)
     wanted = targets.for_batch(batch).uncertainty[:, 0, :16]
     predicted = student(batch.images).uncertainty[:, 0, :16]
     expected = ((predicted.log1p() - wanted.log1p()) ** 2).mean().sqrt()
@@ -283,8 +283,7 @@ def test_every_measure_and_the_probabilities_have_their_own_term():
     batch.labels[:, :16] = IGNORED
     targets = targets_of(teacher, ALL, with_probs=True)
     target = channels_of(targets, batch)[:, :, 16:].double()
-    weights = distill.LossWeights(uncertainty=2.0, probs=0.5)
-    loss, logs = distill.distillation_loss(student, batch, targets, weights)
+    loss, logs = distill.distillation_loss(student, batch, targets, 2.0, probs_weight=0.5)
     logits, u = student(batch.images)
     logits, u = logits[:, :, 16:].double(), u[:, :, 16:].double()
     errors = [((u[:, t].log1p() - target[:, t].log1p()) ** 2).mean().sqrt() for t in range(4)]
@@ -296,6 +295,16 @@ def test_every_measure_and_the_probabilities_have_their_own_term():
     total = (ce + 0.5 * kl) / 1.5 + 2 * sum(errors) / 4
     assert loss.item() == pytest.approx(total.item(), rel=1e-4)
 
+    # In turn: the same terms, each in a loss of its own.
+    alone, _ = distill.student_segmentation_loss(student, batch, None, probs_weight=0.0)
+    assert alone.item() == pytest.approx(ce.item(), rel=1e-4)  # no teacher is needed
+    loss, logs = distill.student_segmentation_loss(student, batch, targets, probs_weight=0.5)
+    assert loss.item() == pytest.approx(((ce + 0.5 * kl) / 1.5).item(), rel=1e-4)
+    assert logs.keys() == {"ce", "kl"}
+    loss, logs = distill.head_loss(student, batch, targets)
+    assert loss.item() == pytest.approx(sum(errors).item() / 4, rel=1e-4)
+    assert logs.keys() == {"rmsle"}
+
 
 def test_the_error_is_learned_from_the_students_own_mistakes():
     torch.manual_seed(0)
@@ -305,8 +314,7 @@ def test_the_error_is_learned_from_the_students_own_mistakes():
     batch.labels[:, :10] = VOID
     batch.labels[:, 10:16] = IGNORED
     targets = targets_of(teacher)
-    weights = distill.LossWeights(uncertainty=3.0, probs=0.0)
-    loss, logs = distill.distillation_loss(student, batch, targets, weights)
+    loss, logs = distill.distillation_loss(student, batch, targets, 3.0, probs_weight=0.0)
 
     logits, uncertainty = student(batch.images)
     wrong = (logits.argmax(1) != batch.labels)[:, 16:]
@@ -314,6 +322,8 @@ def test_the_error_is_learned_from_the_students_own_mistakes():
     assert logs["error"].item() == pytest.approx(expected.item(), rel=1e-5)
     total = logs["ce"] + 3 * (logs["rmsle"] + logs["error"]) / 2
     assert loss.item() == pytest.approx(total.item(), rel=1e-6)
+    loss_of_head, _ = distill.head_loss(student, batch, targets)
+    assert loss_of_head.item() == pytest.approx((total - logs["ce"]).item() / 3, rel=1e-6)
 
     # What the teacher says does not depend on it.
     assert targets.for_batch(batch).uncertainty.shape[1] == 1
@@ -463,8 +473,8 @@ def test_an_interrupted_run_ends_in_the_same_bits(folder, trained, command, tmp_
 
 def test_a_killed_distillation_ends_in_the_same_bits(trained, command, tmp_path):
     _, ckpts = trained
-    flags = ["--teacher", ckpts, "--device", "cpu", "--epochs", 3, "--views", 2,
-             "--save-every", 1e-9]  # fmt: skip
+    flags = ["--teacher", ckpts, "--device", "cpu", "--epochs", 3, "--views", 2]
+    flags += ["--head-epochs", 1, "--save-every", 1e-9]
     assert command("distill", *flags, "--out", tmp_path / "whole.pt")[0] == 0
     cut = tmp_path / "cut.pt"
     interrupted("distill", [*flags, "--out", cut], (tmp_path / "cut.state").exists, signal.SIGKILL)
@@ -473,7 +483,137 @@ def test_a_killed_distillation_ends_in_the_same_bits(trained, command, tmp_path)
     assert code == 0 and "continuing at epoch" in out
     assert torch.equal(weights(tmp_path / "whole.pt"), weights(cut))
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"cut.jsonl", "cut.pt", "whole.jsonl", "whole.pt"}
+    logs = {"cut.jsonl", "cut-head.jsonl", "whole.jsonl", "whole-head.jsonl"}
+    assert left == {"cut.pt", "whole.pt"} | logs
+
+
+def stopped_in(loss_name, step, patch):
+    """From now on a SIGTERM comes in that step, from 1, of the training with that loss."""
+    original = getattr(distill, loss_name)
+    steps = itertools.count(1)
+
+    def loss_fn(*batch, **settings):
+        if next(steps) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*batch, **settings)
+
+    patch.setattr(distill, loss_name, loss_fn)
+
+
+def test_a_student_goes_on_in_either_training_and_leaves_nothing(
+    trained, command, tmp_path, monkeypatch
+):
+    path = tmp_path / "s.pt"
+    flags = ["--teacher", trained[1], "--device", "cpu", "--out", path]
+    for loss_name, state in (
+        ("student_segmentation_loss", "s.state"),
+        ("head_loss", "s-head.state"),
+    ):
+        with monkeypatch.context() as patch:
+            stopped_in(loss_name, 5, patch)  # the second of the second epoch
+            code, _, err = command("distill", *flags)
+        assert code == 143 and "saved at epoch 1, batch 2; the same command continues" in err
+        assert (tmp_path / state).exists() and not path.exists()
+    code, out, _ = command("distill", *flags)
+    assert code == 0 and "s-head: continuing at epoch 1, batch 2" in out
+    assert torch.equal(weights(trained[1] / "student.pt"), weights(path))
+    finished = {"s.pt", "s.jsonl", "s-head.jsonl"}
+    assert {file.name for file in tmp_path.iterdir()} == finished
+
+    (tmp_path / "s-head.state").touch()  # killed after the checkpoint was written
+    code, out, _ = command("distill", *flags)
+    assert code == 0 and "s.pt: finished" in out
+    assert {file.name for file in tmp_path.iterdir()} == finished
+
+    # --overwrite takes nothing of the earlier head.
+    (tmp_path / "s-head.state").touch()
+    nan = lambda logits, labels: logits.sum() * math.nan  # noqa: E731
+    monkeypatch.setattr(distill, "cross_entropy", nan)
+    assert command("distill", *flags, "--overwrite")[0] == 2
+    assert not list(tmp_path.glob("s-head*")) and not path.exists()
+
+
+def without_head(path):
+    """The weights and statistics of a checkpoint's network but for its uncertainty head."""
+    weights = read_checkpoint(path)["model"]
+    return {name: value for name, value in weights.items() if "uncertainty" not in name}
+
+
+def assert_same_segmentation(first, second):
+    first, second = without_head(first), without_head(second)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_the_head_changes_nothing_of_the_network(trained, command, tmp_path):
+    flags = ["--teacher", trained[1], "--device", "cpu", "--head-epochs", 1]
+    assert command("distill", *flags, "--out", tmp_path / "s.pt")[0] == 0
+    assert_same_segmentation(trained[1] / "student.pt", tmp_path / "s.pt")  # with ten epochs
+    log = (tmp_path / "s-head.jsonl").read_text().splitlines()
+    (epoch,) = [json.loads(line) for line in log]
+    assert {"rmsle", "error", "fidelity_pearson"} <= epoch.keys()
+    # what the head was measured on is the network that was kept
+    assert epoch["miou"] == read_checkpoint(tmp_path / "s.pt")["metrics"]["miou"]
+
+
+def test_without_its_probabilities_the_segmentation_needs_no_teacher(
+    trained, command, tmp_path, monkeypatch
+):
+    flags = ["--teacher", trained[1], "--device", "cpu", "--distill-probs", 0]
+    flags += ["--epochs", 1, "--head-epochs", 1, "--out", tmp_path / "s.pt"]
+    assert command("distill", *flags)[0] == 0
+    # a member that is drawn as the student is
+    stream = train_ensemble.random_stream(0, "student", 0)
+    monkeypatch.setattr(train_ensemble, "random_stream", lambda *key: stream)
+    flags = [*small(trained[0]), "--members", 1, "--epochs", 1, "--out", tmp_path]
+    assert command("train", *flags)[0] == 0
+    assert_same_segmentation(tmp_path / "member_00.pt", tmp_path / "s.pt")
+
+
+def test_the_papers_head_learns_as_published(trained, command, tmp_path, monkeypatch):
+    """One step of the whole training set, by hand: cross-entropy + RMSLE of the std."""
+    seen = []
+    original = distill.distillation_loss
+
+    def spy(student, batch, **settings):
+        seen.append((copy.deepcopy(student), batch, torch.get_rng_state()))
+        return original(student, batch, **settings)
+
+    monkeypatch.setattr(distill, "distillation_loss", spy)
+    flags = ["--teacher", trained[1], "--device", "cpu", "--head", "paper", "--views", 0]
+    flags += ["--epochs", 1, "--batch-size", 5, "--lr", 0.5, "--out", tmp_path / "s.pt"]
+    assert command("distill", *flags)[0] == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"s.pt", "s.jsonl"}
+    checkpoint = read_checkpoint(tmp_path / "s.pt")
+    assert checkpoint["config"]["measures"] == ["std"] and checkpoint["config"]["head"] == "paper"
+    assert checkpoint["args"]["distill_probs"] == checkpoint["args"]["head_epochs"] == 0
+
+    ((student, batch, random_state),) = seen
+    flip = batch.flip[:, None, None, None]
+    unflipped = torch.where(flip, batch.images.flip(-1), batch.images)
+    probs = []
+    with torch.inference_mode():
+        for number in range(2):
+            member = model.load_model(trained[1] / f"member_0{number}.pt")
+            probs.append(member(unflipped).logits.softmax(1))
+    probs = torch.stack(probs)  # [2, B, C, H, W]
+    chosen = probs.mean(0).argmax(1, keepdim=True)
+    std = probs.gather(2, chosen.expand(2, -1, -1, -1, -1)).std(0)  # [B, 1, H, W]
+    std = torch.where(flip, std.flip(-1), std)[:, 0].clone()
+
+    torch.set_rng_state(random_state)
+    logits, uncertainty = student(batch.images)
+    labelled, inside = batch.labels < IGNORED, batch.labels != IGNORED
+    ce = F.cross_entropy(logits.movedim(1, -1)[labelled], batch.labels[labelled].long())
+    rmsle = (uncertainty[:, 0].log1p() - std.log1p())[inside].square().mean().sqrt()
+    (ce + rmsle).backward()
+    decay = checkpoint["args"]["weight_decay"]
+    for name, parameter in student.named_parameters():
+        rate = 0.5 * (10 if name.startswith("uncertainty") else 1)
+        expected = parameter - rate * (parameter.grad + decay * parameter)
+        found = checkpoint["model"][name]
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_stored_views_differ_by_the_rounding_alone(trained, command, tmp_path, monkeypatch):
@@ -489,6 +629,7 @@ def test_stored_views_differ_by_the_rounding_alone(trained, command, tmp_path, m
     monkeypatch.setattr(distill.TeacherTargets, "for_batch", spy)
     for views in (0, 2):
         flags = ["--teacher", ckpts, "--views", views, "--out", tmp_path / f"{views}.pt"]
+        flags += ["--head-epochs", 2]  # no view comes again
         assert command("distill", *flags, "--device", "cpu")[0] == 0
     largest = torch.tensor([measure.largest for measure in MEASURES.values()])[:, None, None]
     for (images, target), (same, stored) in zip(seen[False], seen[True], strict=True):
@@ -533,7 +674,8 @@ def test_stored_targets_of_a_picture_that_changed_are_computed_anew(
 def test_student_inherits_from_its_teacher(trained):
     student = read_checkpoint(trained[1] / "student.pt")
     member = read_checkpoint(trained[1] / "member_00.pt")
-    assert student["config"]["measures"] == ALL and student["config"]["backbone"] == "resnet18"
+    assert student["config"]["measures"] == [*ALL, "error"]
+    assert student["config"]["backbone"] == "resnet18"
     for key in ("crop_size", "epochs", "batch_size", "lr", "weights", "scale", "dataset"):
         assert student["args"][key] == member["args"][key]
     flags = vars(distill.get_args_parser().parse_args(["--image-size", "64", "96"]))
@@ -602,7 +744,7 @@ def test_another_teacher_is_another_student(trained, folder, command, tmp_path):
 def test_every_way_of_distilling_at_once(trained, command, tmp_path):
     ckpts, out = trained[1], tmp_path / "s.pt"
     flags = ["--teacher", ckpts, "--device", "cpu", "--targets", "mutual_information", "entropy",
-             "--distill-probs", 1, "--views", 1, "--out", out]  # fmt: skip
+             "--distill-probs", 1, "--views", 1, "--head", "paper", "--out", out]  # fmt: skip
     code, text, _ = command("distill", *flags)
     assert code == 0 and "kl" in text and "val pearson" in text
     assert {path.name for path in tmp_path.iterdir()} == {"s.pt", "s.jsonl"}
@@ -621,8 +763,8 @@ def test_every_way_of_distilling_at_once(trained, command, tmp_path):
 
 def test_a_confidence_head_and_the_error_measure(trained, command, tmp_path):
     ckpts, out = trained[1], tmp_path / "s.pt"
-    flags = ["--teacher", ckpts, "--device", "cpu", "--head", "confidence", "--views", 1,
-             "--targets", "error", "std", "entropy", "--epochs", 1, "--out", out]  # fmt: skip
+    flags = ["--teacher", ckpts, "--device", "cpu", "--views", 1, "--epochs", 1]
+    flags += ["--head-epochs", 1, "--targets", "error", "std", "entropy", "--out", out]
     code, text, _ = command("distill", *flags)
     assert code == 0 and "error" in text and "val pearson" in text
     config = read_checkpoint(out)["config"]
@@ -663,6 +805,17 @@ def test_errors_are_one_line_with_code_2(folder, trained, command, tmp_path):
         ("train", ["--dataset", "voc", *out], "needs --data DIR"),
         ("train", [*train, "--backbone", "vgg"], "invalid choice"),
         ("distill", ["--teacher", ckpts, *out], "name a file that ends in .pt"),
+        ("distill", ["--teacher", ckpts, "--out", tmp_path / "s-head.pt"], "names that end so"),
+        (
+            "distill",
+            ["--teacher", ckpts, "--head", "paper", "--head-epochs", 3, *student],
+            "--head-epochs 3: the paper's head learns with the rest",
+        ),
+        (
+            "distill",
+            ["--teacher", ckpts, "--uncertainty-weight", 2, *student],
+            "--uncertainty-weight 2: the confidence head learns alone",
+        ),
         ("distill", ["--teacher", tmp_path / "gone", *student], "no member_"),
         ("distill", ["--teacher", ckpts / "member_00.pt", *student], "at least 2 members"),
         ("distill", ["--teacher", ckpts, "--mc-samples", 3, *student], "name a single checkpoint"),
