@@ -303,7 +303,7 @@ def test_few_images_decide_nothing_and_without_a_student_nothing_is_compared(
 def student_of_errors(trained, tmp_path_factory):
     """A student with a confidence head that also learned the error."""
     path = tmp_path_factory.mktemp("errors") / "student.pt"
-    words = ["--teacher", trained[1], "--device", "cpu", "--head", "confidence", "--epochs", 1]
+    words = ["--teacher", trained[1], "--device", "cpu", "--epochs", 1, "--head-epochs", 1]
     words += ["--targets", "std", "entropy", "error", "--out", path]
     parser = distill.get_args_parser()
     assert evaluate.run_main(distill.main, parser, [str(word) for word in words]) == 0

@@ -67,7 +67,8 @@ def test_a_data_set_is_an_entry_for_its_files_and_a_recipe(tmp_path, command, mo
     flags = ["--dataset", "rooms", "--data", folder, "--backbone", "resnet18", "--weights", "none"]
     flags += ["--batch-size", 2, "--members", 2, "--parallel", 1, "--device", "cpu", "--out", ckpts]
     assert command("train", *flags)[0] == 0
-    assert command("distill", "--teacher", ckpts, "--device", "cpu")[0] == 0
+    flags = ["--teacher", ckpts, "--device", "cpu", "--head-epochs", 1]
+    assert command("distill", *flags)[0] == 0
     flags = ["--student", ckpts / "student.pt", "--teacher", ckpts, "--device", "cpu"]
     flags += ["--ood", "--panels", 0]
     assert command("evaluate", *flags, "--out", tmp_path / "results")[0] == 0
@@ -92,6 +93,7 @@ def test_a_free_score_and_a_measure_are_an_entry_each(trained, command, tmp_path
     monkeypatch.setitem(MEASURES, "variance", Measure(variance, largest=0.5))
     student = tmp_path / "s.pt"
     flags = ["--teacher", trained[1], "--device", "cpu", "--targets", "std", "variance"]
+    flags += ["--head-epochs", 1]
     assert command("distill", *flags, "--out", student)[0] == 0
     flags = ["--student", student, "--teacher", trained[1], "--device", "cpu", "--panels", 0]
     code, out, _ = command("evaluate", *flags, "--ood", "--out", tmp_path / "r")

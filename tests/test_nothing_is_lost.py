@@ -140,6 +140,7 @@ def test_a_second_writer_is_refused_and_a_dead_one_blocks_nobody(trained, comman
     out.mkdir()
     train = ["train", *small(folder, "--epochs", 1), "--members", 1, "--out", out]
     student = ["distill", "--teacher", ckpts, "--device", "cpu", "--epochs", 1, "--views", 0]
+    student += ["--head-epochs", 1]
     student += ["--out", out / "student.pt"]
     evaluation = ["evaluate", "--student", ckpts / "student.pt", "--device", "cpu", "--panels", 0]
     evaluation += ["--out", out]
@@ -446,9 +447,12 @@ def test_members_dealt_out_are_the_same_and_a_student_trains_in_two_processes(tr
     assert "member_00" in curves and "member_01" in curves
 
     flags = ["--teacher", tmp_path, "--batch-size", 4, "--epochs", 1, "--views", 1]
-    first, second = run_ranks("distill", *flags, "--device", "cpu")
+    flags += ["--head-epochs", 1, "--device", "cpu"]
+    first, second = run_ranks("distill", *flags)
     assert first[0] == second[0] == 0, (first, second)
-    assert first[1].count("epoch 1/1") == 1 and second[1] == ""
+    for name in ("student", "student-head"):
+        assert first[1].count(f"{name}  epoch 1/1") == 1
+    assert second[1] == ""
     assert load_model(tmp_path / "student.pt").uncertainty is not None
     names = {path.name for path in tmp_path.glob("student*")}
     assert names == {"student.pt", "student.jsonl", "student-head.jsonl"}

@@ -653,7 +653,7 @@ def test_stored_targets_of_a_picture_that_changed_are_computed_anew(
 
     monkeypatch.setattr(distill.TargetCache, "create_empty", staticmethod(spy))
     flags = ["--teacher", ckpts, "--data", data_folder, "--device", "cpu", "--views", 1]
-    flags += ["--epochs", 1, "--out", tmp_path / "s.pt"]
+    flags += ["--epochs", 1, "--head-epochs", 1, "--out", tmp_path / "s.pt"]
     # a run that was stopped leaves its targets; a loss that is not finite stops one
     nan = lambda logits, labels: logits.sum() * math.nan  # noqa: E731
     with monkeypatch.context() as patch:
@@ -779,8 +779,8 @@ def test_a_confidence_head_and_the_error_measure(trained, command, tmp_path):
 
 def test_mc_dropout_teaches(trained, command, tmp_path):
     member = trained[1] / "member_00.pt"
-    flags = ["--teacher", member, "--mc-samples", 2, "--device", "cpu", "--epochs", 1,
-             "--out", tmp_path / "s.pt"]  # fmt: skip
+    flags = ["--teacher", member, "--mc-samples", 2, "--device", "cpu", "--epochs", 1]
+    flags += ["--head-epochs", 1, "--out", tmp_path / "s.pt"]
     assert command("distill", *flags)[0] == 0
     flags = ["--student", tmp_path / "s.pt", "--teacher", member, "--mc-samples", 2, "--panels", 0]
     assert command("evaluate", *flags, "--device", "cpu", "--out", tmp_path / "r")[0] == 0
