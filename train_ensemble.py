@@ -318,6 +318,10 @@ def shown_settings(recorded: dict) -> dict[str, dict]:
     without_effect = {"teacher_identity"}  # digits that tell a reader nothing
     if not recorded.get("mc_samples"):
         without_effect.add("mc_samples")
+    if recorded.get("head") == "confidence":
+        without_effect.add("uncertainty_weight")  # it has a loss of its own
+    if recorded.get("head") == "paper":
+        without_effect.add("head_epochs")  # it has none of its own
     shown = {name: value for name, value in recorded.items() if name not in without_effect}
 
     groups: dict[str, dict] = {group: {} for group in ("run", *SETTING_GROUPS)}

@@ -459,9 +459,9 @@ def test_members_dealt_out_are_the_same_and_a_student_trains_in_two_processes(tr
 
 
 def distil_an_epoch(rank, root, world, frozen):
-    """An epoch of distillation and a validation, in one process or as one of two.
+    """A validation and an epoch of distillation, in one process or as one of two.
 
-    frozen: batch norm stays as in evaluation.
+    frozen: batch norm stays as in evaluation, and a head learns alone for another epoch.
     """
     root, cpu = Path(root), torch.device("cpu")
     if world > 1:
@@ -501,11 +501,23 @@ def distil_an_epoch(rank, root, world, frozen):
     steps = []
     progress = argparse.Namespace(show=lambda state, lr: steps.append(lr))
     train_ensemble.train_one_epoch(run, loss_fn, loader, flags, progress)
+    sums = state.sums
+    if frozen:
+        student.requires_grad_(False)
+        torch.manual_seed(0)
+        student.add_uncertainty(("std", "error"), "confidence")
+        parameters = list(student.uncertainty.parameters())
+        run.optimizer = torch.optim.SGD([{"params": parameters, "lr_mult": 1.0}], 0.05)
+        run.wrapped_model = train_ensemble.wrap_for_group(student, cpu)
+        run.state = train_ensemble.RunState()
+        loss_fn = functools.partial(distill.head_loss, targets=targets)
+        train_ensemble.train_one_epoch(run, loss_fn, loader, flags, progress)
+        sums |= {f"{name} of the head": value for name, value in run.state.sums.items()}
     result = {
         "weights": student.state_dict(),
         "counts": counts,
         "steps": len(steps),
-        "sums": state.sums,
+        "sums": sums,
     }
     torch.save(result, root / f"{world}-{rank}.pt")
     if world > 1:
@@ -525,7 +537,7 @@ def test_two_processes_distil_as_one(tmp_path):
         mask(folder / f"labels/train/{number}.png", 255)
     alone, *both = distil_alone_and_in_two(tmp_path, frozen=True)
     for result in both:
-        assert result["steps"] == alone["steps"] == 3
+        assert result["steps"] == alone["steps"] == 3 + 3
         assert result["counts"]["n"] == alone["counts"]["n"]
         assert result["counts"]["iou"] == alone["counts"]["iou"]  # exactly, though 3 is odd
         for key in ("fidelity_pearson", "fidelity_rmsle"):
