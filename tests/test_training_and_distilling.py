@@ -748,7 +748,7 @@ def test_every_way_of_distilling_at_once(trained, command, tmp_path):
              "--distill-probs", 1, "--views", 1, "--head", "paper", "--out", out]  # fmt: skip
     code, text, _ = command("distill", *flags)
     assert code == 0 and "kl" in text and "val pearson" in text
-    assert "uncertainty weight 1" in text and "head epochs" not in text
+    assert "uncertainty-weight 1" in text and "head-epochs" not in text
     assert {path.name for path in tmp_path.iterdir()} == {"s.pt", "s.jsonl"}
     assert read_checkpoint(out)["config"]["measures"] == ["mutual_information", "entropy"]
     flags = ["--student", out, "--teacher", ckpts, "--device", "cpu", "--out", tmp_path / "r"]
@@ -769,7 +769,7 @@ def test_a_confidence_head_and_the_error_measure(trained, command, tmp_path):
     flags += ["--head-epochs", 1, "--targets", "error", "std", "entropy", "--out", out]
     code, text, _ = command("distill", *flags)
     assert code == 0 and "error" in text and "val pearson" in text
-    assert "head epochs 1" in text and "uncertainty weight" not in text
+    assert "head-epochs 1" in text and "uncertainty-weight" not in text
     config = read_checkpoint(out)["config"]
     assert config["head"] == "confidence"
     assert config["measures"] == ["std", "entropy", "error"]  # what is the teacher's comes first
