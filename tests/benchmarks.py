@@ -931,7 +931,7 @@ def build_member(setting: Setting, compiled: bool) -> Callable[[int, bool], None
 
 
 def build_student(setting: Setting, compiled: bool) -> Callable[[int, bool], None]:
-    """Steps of a student's segmentation, whose teacher sees every batch (`--views 0`)."""
+    """Steps of a student with the paper's head, whose teacher sees every batch (`--views 0`)."""
     members = []
     for _ in range(TEACHER_MEMBERS):
         members.append(DeepLabV3(setting.backbone, NUM_CLASSES))
@@ -939,19 +939,19 @@ def build_student(setting: Setting, compiled: bool) -> Callable[[int, bool], Non
     teacher.to(setting.device, memory_format=torch.channels_last)
     if compiled:
         teacher.compile_for_one_size()
-    measures = list(metrics.MEASURES)
+    measures = tuple(metrics.MEASURES)
     loss_fn = partial(
-        distill.student_segmentation_loss,
-        targets=distill.TeacherTargets(teacher, measures, with_probs=True, amp=setting.amp),
-        probs_weight=1.0,
+        distill.distillation_loss,
+        targets=distill.TeacherTargets(teacher, list(measures), with_probs=False, amp=setting.amp),
+        uncertainty_weight=1.0,
+        probs_weight=0.0,
     )
-    return build_training(setting, compiled, (), loss_fn)
+    return build_training(setting, compiled, measures, loss_fn)
 
 
 def build_forward(setting: Setting, compiled: bool) -> Callable[[int, bool], None]:
     """Passes of a student from uint8 pixels on the device to classes and uncertainties."""
-    measures = distill.DEFAULT_TARGETS["confidence"]
-    student = DeepLabV3(setting.backbone, NUM_CLASSES, measures, head="confidence").eval()
+    student = DeepLabV3(setting.backbone, NUM_CLASSES, tuple(metrics.MEASURES)).eval()
     student.to(setting.device, memory_format=torch.channels_last)
     network = evaluate.compiled(student) if compiled else student
     images = training_batch(setting).images.to(setting.device)
