@@ -473,18 +473,16 @@ def test_an_interrupted_run_ends_in_the_same_bits(folder, trained, command, tmp_
 
 def test_a_killed_distillation_ends_in_the_same_bits(trained, command, tmp_path):
     _, ckpts = trained
-    flags = ["--teacher", ckpts, "--device", "cpu", "--epochs", 3, "--views", 2]
-    flags += ["--head-epochs", 1, "--save-every", 1e-9]
-    assert command("distill", *flags, "--out", tmp_path / "whole.pt")[0] == 0
     cut = tmp_path / "cut.pt"
-    interrupted("distill", [*flags, "--out", cut], (tmp_path / "cut.state").exists, signal.SIGKILL)
+    flags = ["--teacher", ckpts, "--device", "cpu", "--out", cut]
+    often = [*flags, "--save-every", 1e-9]
+    interrupted("distill", often, (tmp_path / "cut.state").exists, signal.SIGKILL)
     assert (tmp_path / "cut.state").exists() and (tmp_path / "cut.targets.npy").exists()
-    code, out, _ = command("distill", *flags, "--out", cut)
+    code, out, _ = command("distill", *flags)
     assert code == 0 and "continuing at epoch" in out
-    assert torch.equal(weights(tmp_path / "whole.pt"), weights(cut))
+    assert torch.equal(weights(ckpts / "student.pt"), weights(cut))
     left = {path.name for path in tmp_path.iterdir()}
-    logs = {"cut.jsonl", "cut-head.jsonl", "whole.jsonl", "whole-head.jsonl"}
-    assert left == {"cut.pt", "whole.pt"} | logs
+    assert left == {"cut.pt", "cut.jsonl", "cut-head.jsonl"}
 
 
 def stopped_in(loss_name, step, patch):
@@ -548,13 +546,29 @@ def assert_same_segmentation(first, second):
 
 def test_the_head_changes_nothing_of_the_network(trained, command, tmp_path):
     flags = ["--teacher", trained[1], "--device", "cpu", "--head-epochs", 1]
-    assert command("distill", *flags, "--out", tmp_path / "s.pt")[0] == 0
+    code, out, _ = command("distill", *flags, "--out", tmp_path / "s.pt")
+    assert code == 0 and "teacher targets: 2 x 5 images" in out  # the head's views are not new
     assert_same_segmentation(trained[1] / "student.pt", tmp_path / "s.pt")  # with ten epochs
     log = (tmp_path / "s-head.jsonl").read_text().splitlines()
     (epoch,) = [json.loads(line) for line in log]
     assert {"rmsle", "error", "fidelity_pearson"} <= epoch.keys()
     # what the head was measured on is the network that was kept
     assert epoch["miou"] == read_checkpoint(tmp_path / "s.pt")["metrics"]["miou"]
+
+
+@pytest.mark.parametrize(
+    "views, distill_probs, passes_of_a_member",
+    [(5, 1.0, 5), (20, 1.0, 10), (0, 1.0, 14), (0, 0.0, 10)],
+)
+def test_the_work_of_a_student_counts_the_views_that_its_teacher_sees(
+    views, distill_probs, passes_of_a_member
+):
+    settings = {name: None for name in distill.DistillationFlags._fields}
+    settings |= {"head": "confidence", "head_epochs": 10}
+    settings |= {"views": views, "distill_probs": distill_probs}
+    distillation = distill.DistillationFlags(**settings)
+    work = distill.views_of_work(flags_of(epochs=4), distillation, members=2)
+    assert work == pytest.approx(4 + (2 * passes_of_a_member + 10) / 3)
 
 
 def test_without_its_probabilities_the_segmentation_needs_no_teacher(
