@@ -3836,7 +3836,7 @@ def resolve(args: argparse.Namespace, checkpoint: dict, device: torch.device) ->
 
     # ---------------------------------------------------------------- how the student was distilled
     distillation = {}
-    recorded = ("head", "views", "uncertainty_weight", "distill_probs")
+    recorded = ("head", "head_epochs", "views", "uncertainty_weight", "distill_probs")
     for key in recorded:
         if key in trained:
             distillation[key] = trained[key]
