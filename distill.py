@@ -258,7 +258,7 @@ class Target(NamedTuple):
     """What a student learns of its teacher, for a batch."""
 
     uncertainty: Tensor  # float32 [B, T, H, W] in [0, 1]; entropies are divided by log C
-    probs: Tensor | None  # float32 [B, C, H, W], with --distill-probs
+    probs: Tensor | None  # float32 [B, C, H, W], with --distill-probs above 0
 
 
 class TargetKey(NamedTuple):
@@ -455,7 +455,7 @@ class TargetCache:
         if needed > free:
             raise UsageError(
                 f"{path} takes {needed:,.0f} MB, but the disk has {free:,.0f} MB; use fewer "
-                "--views or another --out"
+                "--views, --distill-probs 0 or another --out"
             )
         offset = np.lib.format.open_memmap(path, "w+", np.uint8, shape).offset
         image = bytes([MISSING]) * math.prod(shape[2:])
@@ -543,7 +543,8 @@ class DistillationFlags(NamedTuple):
 class Lessons(NamedTuple):
     """What a student learns from, and what it is validated on."""
 
-    train_loader: DataLoader
+    train_loader: DataLoader  # of views that come with their stored targets
+    label_loader: DataLoader  # of the same views without
     val_loader: DataLoader
     targets: "TeacherTargets"
     num_classes: int
@@ -568,8 +569,15 @@ def train_student(
     if flags.compile:
         teacher.compile_for_one_size()
     targets = open_targets(teacher, flags, distillation, views, val_set, path)
+    views_without_targets = build_views(flags, distillation, train_set, stream.view_seeds, None)
+    label_loader, _ = build_loaders(flags, views_without_targets, val_set)
     lessons = Lessons(
-        train_loader, val_loader, targets, len(train_set.classes), val_set.has_one_size()
+        train_loader=train_loader,
+        label_loader=label_loader,
+        val_loader=val_loader,
+        targets=targets,
+        num_classes=len(train_set.classes),
+        val_has_one_size=val_set.has_one_size(),
     )
 
     # ---------------------------------------------------------------- training
@@ -624,9 +632,17 @@ def train_in_turn(
     """First the segmentation, then the uncertainty head alone. Returns as `fit` does.
 
     Each has a log and, while it runs, a state of its own. A command that finds the first one
-    finished goes on with the second.
+    finished goes on with the second. The epochs of the head meet the same views in the same order
+    as the first ones of the segmentation.
     """
-    # ---------------------------------------------------------------- segmentation
+    student, entry = train_segmentation(path, lessons, flags, distillation)
+    return train_head(student, path, lessons, flags, distillation), entry
+
+
+def train_segmentation(
+    path: Path, lessons: Lessons, flags: TrainingFlags, distillation: DistillationFlags
+) -> tuple[nn.Module, dict]:
+    """A network without an uncertainty head, and its log entry."""
     seed = random_stream(flags.seed, "student", 0).torch_seed
     student = build_network(flags, seed, lessons.num_classes)
     optimizer = build_optimizer(student, flags.lr, flags.head_lr_mult, flags.weight_decay)
@@ -635,14 +651,28 @@ def train_in_turn(
         targets=lessons.targets,
         probs_weight=distillation.distill_probs,
     )
+    loader = lessons.train_loader
+    if distillation.distill_probs == 0:
+        loader = lessons.label_loader
     validation = build_validation(lessons, flags, with_uncertainty=False)
-    weights, entry = fit(student, optimizer, loss_fn, lessons.train_loader, validation, flags, path)
-
-    # ---------------------------------------------------------------- uncertainty head
+    weights, entry = fit(student, optimizer, loss_fn, loader, validation, flags, path)
     student.load_state_dict(weights)
+    return student, entry
+
+
+def train_head(
+    student: nn.Module,
+    path: Path,
+    lessons: Lessons,
+    flags: TrainingFlags,
+    distillation: DistillationFlags,
+) -> dict[str, Tensor]:
+    """Give the finished network its uncertainty head; returns the weights of all, on the CPU."""
     student.requires_grad_(False)
     torch.manual_seed(random_stream(flags.seed, "head", 0).torch_seed)
     student.add_uncertainty(distillation.channels(), distillation.head)
+    if flags.device.type == "cuda":  # as `build_network` has it
+        student.to(memory_format=torch.channels_last)
     parameters = list(student.uncertainty.parameters())
     optimizer = torch.optim.Adam([{"params": parameters, "lr_mult": 1.0}], HEAD_LR)
     loss_fn = functools.partial(head_loss, targets=lessons.targets)
@@ -663,7 +693,7 @@ def train_in_turn(
         flags_of_head,
         path_of_head(path),
     )
-    return weights, entry
+    return weights
 
 
 def path_of_head(path: Path) -> Path:
@@ -688,11 +718,12 @@ def build_views(
     distillation: DistillationFlags,
     train_set: data.SegmentationDataset,
     view_seeds: list[int],
-    targets_path: Path,
+    targets_path: Path | None,
 ) -> data.TrainingViews:
     """The student's training views.
 
-    targets_path: where their targets are kept, with --views, from the first batch on.
+    targets_path: where the targets that come with them are kept, with --views, from the first
+    batch on; None if they come without.
     """
     stored = targets_path if distillation.views > 0 else None
     return data.TrainingViews(
@@ -827,7 +858,7 @@ def inherit_from_teacher(command: dict, checkpoint: dict) -> dict:
 
 
 def choose_lessons(command: dict) -> dict:
-    """The flags with what the head decides: --targets and, with the paper's head, the weights.
+    """The flags with what the head decides: --targets, --head-epochs and the weights.
 
     Raises UsageError at a flag that the other head has.
     """
@@ -921,7 +952,7 @@ def main(args: argparse.Namespace) -> None:
             if seconds > 0:
                 print(
                     f"this will take about {rough_time(seconds)} on this CPU with nothing else to "
-                    "do; fewer --epochs, or --views 1, take less",
+                    "do; fewer --epochs or --head-epochs, or --views 1, take less",
                     flush=True,
                 )
 
@@ -938,6 +969,10 @@ def main(args: argparse.Namespace) -> None:
                 report_finished(path)
                 remove_files(path_of_head(path), UNFINISHED)  # a kill may have left them
             else:
+                if is_first_process() and not path.with_suffix(".state").exists():
+                    # of another student, which was removed by hand
+                    remove_files(path_of_head(path), (".jsonl", *UNFINISHED))
+                wait_for_group(flags.device)
                 train_student(path, teacher, train_set, val_set, flags, distillation)
 
         # ------------------------------------------------------------ what is next
@@ -983,7 +1018,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=non_negative(int),
         metavar="K",
         help="scale and crop repeat after K epochs, whose teacher targets are kept on the disk; "
-        "the teacher's cost falls by epochs / K. 0: new views, float targets, none of them "
+        "the teacher's cost falls by E / K, where E epochs ask it: those of the head, and all with "
+        "--distill-probs or --head paper. 0: new views, float targets, none of them "
         "kept (default: the recipe's, below)",
     )
     flag(
@@ -1000,7 +1036,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         choices=HEADS,
         default=HEADS[0],
         help="what predicts the uncertainty. confidence: weighs the student's own softmax, at "
-        "full resolution, by what the features show; it learns alone, when the network is done. "
+        "full resolution, with weights that it predicts from the features; it learns alone, when "
+        "the network is done. "
         "paper: a 1x1 convolution of the features, which learns with the network (default: "
         f"{HEADS[0]})",
     )
@@ -1008,8 +1045,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--head-epochs",
         type=positive(int),
         metavar="N",
-        help="epochs of the confidence head alone, each of which costs a third of another one "
-        "(default: the recipe's, below)",
+        help="epochs of the confidence head alone; each costs about a third of an epoch of the "
+        "whole network (default: the recipe's, below)",
     )
     flag(
         "--distill-probs",

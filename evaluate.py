@@ -2291,11 +2291,24 @@ def line_chart(
 
 def learning_charts(logs: dict[str, list[dict]]) -> list[Chart]:
     """Loss and validation mIoU by epoch. logs: by the name of a network, the lines of
-    its .jsonl; an epoch after which nothing was validated has no mIoU."""
+    its .jsonl; an epoch after which nothing was validated has no mIoU. The loss of a head
+    that learned alone is another one than its network's, and has a chart of its own."""
+    networks = {}
+    heads = {}
+    for name, entries in logs.items():
+        kind = heads if name.endswith("-head") else networks
+        kind[name] = entries
+    drawn = [
+        ("loss", "Training loss", networks),
+        ("miou", "Validation mIoU", networks),
+    ]
+    if heads:
+        drawn.append(("loss", "Training loss of the uncertainty head", heads))
+
     charts = []
-    for key, title in (("loss", "Training loss"), ("miou", "Validation mIoU")):
+    for key, title, logs_of_kind in drawn:
         series = []
-        for number, (name, entries) in enumerate(logs.items()):
+        for number, (name, entries) in enumerate(logs_of_kind.items()):
             known = [entry for entry in entries if entry.get(key) is not None]
             epochs = [entry["epoch"] for entry in known]
             values = [entry[key] for entry in known]
@@ -3015,7 +3028,8 @@ def pictures_html(results: dict, pictures: Pictures) -> dict[str, str]:
         parts["operating_points"] = panel_html(*pictures.rejection)
     if pictures.logs:
         parts["training"] = ""
-        for chart, caption in zip(learning_charts(pictures.logs), LEARNING_CAPTIONS, strict=True):
+        # without a head's chart there is a caption more
+        for chart, caption in zip(learning_charts(pictures.logs), LEARNING_CAPTIONS, strict=False):
             parts["training"] += figure_html(chart.svg, caption)
     parts["images"] = ""
     for title, file in pictures.panels:
@@ -3023,9 +3037,10 @@ def pictures_html(results: dict, pictures: Pictures) -> dict[str, str]:
     return parts
 
 
-LEARNING_CAPTIONS = (  # of the `learning_charts`
-    "Good: falls to the end. A student’s loss has more terms than a member’s.",
+LEARNING_CAPTIONS = (  # of the `learning_charts`, in their order
+    "Good: falls to the end. A student’s loss may have more terms than a member’s.",
     "Good: level in the end. Where it still rises, more epochs would help.",
+    "Good: falls, ever more slowly. The network is finished by then and does not change.",
 )
 
 
@@ -3836,7 +3851,9 @@ def resolve(args: argparse.Namespace, checkpoint: dict, device: torch.device) ->
 
     # ---------------------------------------------------------------- how the student was distilled
     distillation = {}
-    recorded = ("head", "head_epochs", "views", "uncertainty_weight", "distill_probs")
+    recorded = ["head", "views", "distill_probs"]
+    # The head that learns alone has epochs of its own; another is weighed against the rest.
+    recorded.append("head_epochs" if trained.get("head_epochs") else "uncertainty_weight")
     for key in recorded:
         if key in trained:
             distillation[key] = trained[key]

@@ -319,9 +319,9 @@ def shown_settings(recorded: dict) -> dict[str, dict]:
     if not recorded.get("mc_samples"):
         without_effect.add("mc_samples")
     if recorded.get("head") == "confidence":
-        without_effect.add("uncertainty_weight")  # it has a loss of its own
+        without_effect.add("uncertainty_weight")  # nothing is weighed against its loss
     if recorded.get("head") == "paper":
-        without_effect.add("head_epochs")  # it has none of its own
+        without_effect.add("head_epochs")  # it learns in all epochs
     shown = {name: value for name, value in recorded.items() if name not in without_effect}
 
     groups: dict[str, dict] = {group: {} for group in ("run", *SETTING_GROUPS)}
@@ -341,8 +341,8 @@ def check_same(saved: dict, recorded: dict, path: Path) -> None:
     """A run goes on under the flags it was begun with; UsageError names the first difference.
 
     A flag that did not exist when the run began counts as a difference, too, unless this command
-    leaves it at None, which means that it does nothing. So does a flag of the run that this command
-    does not have, unless it was None or False.
+    leaves it at None, which means that it does nothing. A flag of the run that this command does
+    not have counts, too, unless it was None or False.
     """
     free = FREE_TO_CHANGE
     if saved["device"].split(":")[0] != recorded["device"].split(":")[0]:
@@ -478,7 +478,7 @@ class RunState:
 class Run:
     """A network in training and all that changes with it."""
 
-    path: Path  # of the checkpoint that it becomes
+    path: Path  # of the checkpoint that it becomes; its log and its state lie beside it
     model: nn.Module  # the plain network, whose weights are saved
     wrapped_model: nn.Module  # the same network as it trains: in a process group, compiled
     optimizer: torch.optim.Optimizer

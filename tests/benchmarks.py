@@ -1123,9 +1123,10 @@ def measure_cost(
         spent = seconds(partial(make_steps, setting.steps, smaller_last=False), device)
     with noted_waits(device) as waits:
         make_steps(setting.steps, smaller_last=True)
+    recompilations = compiled_graphs() - graphs
+    breaks = dict(compiler_counters["graph_break"])
     kinds = time_by_kind(make_steps, device)
 
-    breaks = compiler_counters["graph_break"]
     reasons = [reason.strip().splitlines()[0] for reason in breaks]
     places = [f"waits {times} times at {place}" for place, times in Counter(waits).items()]
     per_image = spent / setting.steps / setting.batch_size
@@ -1134,7 +1135,7 @@ def measure_cost(
         compiled,
         ms_per_image=1000 * per_image,
         peak_mb=peak.megabytes,
-        recompilations=compiled_graphs() - graphs,
+        recompilations=recompilations,
         graph_breaks=sum(breaks.values()),
         note="; ".join(places + reasons),
         kinds=kinds,

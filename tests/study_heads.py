@@ -4,7 +4,7 @@
 
 Whole frames: five members of 30 epochs at 180x240 and, for each variant, one student a seed of as
 many epochs. A second ensemble, at 120x160, has no labels of bicyclists and pedestrians. Every
-second of the validation images is there to choose a variant by, and only the others are reported.
+second of the validation images is there to choose a variant by, the others to report it.
 
 A head that learns alone changes nothing but itself. So one student can have several of them at
 once, and each learns what it would learn alone: `ManyHeads`. Afterwards each becomes a checkpoint
@@ -85,7 +85,7 @@ ALONE = {
     "confidence, twice as wide": Alone(WideHead),
     "confidence, log loss": Alone(ConfidenceHead, in_logarithms=True),
 }
-MEASURES = (*distill.DEFAULT_TARGETS["confidence"],)  # of each of them; the last is `ERROR`
+MEASURES = distill.DEFAULT_TARGETS["confidence"]  # of each of them; the last is `ERROR`
 
 # Flags of distill.py.
 SINGLE = {
@@ -178,7 +178,8 @@ def split_heads(path: Path) -> None:
             elif not key.startswith("uncertainty."):
                 weights[key] = value
         config = checkpoint["config"] | {"head": name}
-        single = checkpoint | {"model": weights, "config": config}
+        args = checkpoint["args"] | {"head": name}
+        single = checkpoint | {"model": weights, "config": config, "args": args}
         model.save_atomically(path.with_name(f"{file_name(name)}-{seed_of(path)}.pt"), single)
 
 
@@ -248,7 +249,10 @@ class Study:
         else:
             path = self.student_path(ensemble, variant, seed)
             flags += SINGLE[variant]
-        if not (self.out / path).exists():
+        finished = [path]
+        if variant == "alone":  # a kill may have come before they were split
+            finished = [self.student_path(ensemble, name, seed) for name in ALONE]
+        if not all((self.out / each).exists() for each in finished):
             self.call("distill.py", *flags, "--out", path)
 
     def student_path(self, ensemble: str, variant: str, seed: int) -> Path:

@@ -152,8 +152,10 @@ def test_a_student_compiles_a_graph_for_each_of_its_trainings(
     train_set = data.open_dataset("folder", folder, "train")
     val_set = data.open_dataset("folder", folder, "val")
     views = data.TrainingViews(train_set, (32, 32), (0.5, 2.0), [1, 2, 3])
+    train_loader = data.training_loader(views, 4, 0, CPU)  # 4 + 2 images
     lessons = distill.Lessons(
-        train_loader=data.training_loader(views, 4, 0, CPU),  # 4 + 2 images
+        train_loader=train_loader,
+        label_loader=train_loader,
         val_loader=data.evaluation_loader(val_set, 2, 0, CPU),  # 2 + 1 images
         targets=Certain(),
         num_classes=4,

@@ -167,10 +167,12 @@ def test_the_page_has_a_lead_training_curves_and_the_confusion_matrix(trained, e
     assert sentences[0].startswith(f"The student segments the 3 images of {name} val with an mIoU")
     assert "undecided on these images" in sentences[1]  # three images decide nothing
     assert sentences[2].startswith("Unknown objects are found best by ")
-    for title in ("Training loss", "Validation mIoU", "Confusion matrix"):
+    of_head = "Training loss of the uncertainty head"  # another loss, so a chart of its own
+    for title in ("Training loss", "Validation mIoU", of_head, "Confusion matrix"):
         assert f"<title>{title}</title>" in page
-    for name in ("member_01", "student", "student-head"):  # in both legends of the training
+    for name in ("member_01", "student"):  # in both legends of the training
         assert page.count(f">{name}</text>") == 2, name
+    assert page.count(">student-head</text>") == 1
     # each network has a row of its own above those of its scores, the best of which is bold
     assert page.count('<tr class="network"><th>student') == 3  # errors, anomalies, comparison
     assert page.count('<td class="best">') > 20
