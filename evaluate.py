@@ -3158,10 +3158,11 @@ def errors_sentence(results: dict) -> str:
         return text + "."
 
     best = min(learned, key=lambda key: learned[key]["value"])
+    # `metrics.ERROR` is learned from the labels, not distilled.
     outcome = {
-        "yes": "distilling paid",
-        "no": "distilling did not pay",
-        "undecided": "whether distilling paid is undecided on these images",
+        "yes": "learning it paid",
+        "no": "learning a score did not pay",
+        "undecided": "whether learning a score paid is undecided on these images",
     }[learned[best]["worth_more"]]
     if best == f"{network}/{score}":  # nothing is better, so what it is better than is told
         other = f"the best free score, {task['best_free'].removeprefix('student/')}"

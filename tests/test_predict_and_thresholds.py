@@ -181,10 +181,13 @@ def test_the_page_has_a_lead_training_curves_and_the_confusion_matrix(trained, e
     assert page.count("<img") == page.count('<div class="scroll"><img') == 3
 
 
-def test_the_lead_says_whether_distilling_paid(evaluated):
+def test_the_lead_says_whether_learning_a_score_paid(evaluated):
     results = json.loads(json.dumps(evaluated[0]))
     gains = results["comparison"]["errors"]["aurc"]["scores"]
-    for verdict, words in (("yes", "; distilling paid: "), ("no", "; distilling did not pay: ")):
+    for verdict, words in (
+        ("yes", "; learning it paid: "),
+        ("no", "; learning a score did not pay: "),
+    ):
         for gain in gains.values():
             gain["worth_more"] = verdict
         assert words in evaluate.lead(results)[1]
@@ -193,7 +196,7 @@ def test_the_lead_says_whether_distilling_paid(evaluated):
     results["timing"] = {"student": {"ms_per_image": 1.0}, "teacher": {"ms_per_image": 8.0}}
     lead = evaluate.lead(results)
     assert "12.5\u00a0% of the teacher’s time" in lead[0]
-    assert "distilling" not in lead[1] and "--ood" in lead[2]
+    assert "paid" not in lead[1] and "--ood" in lead[2]
 
 
 def test_a_damaged_log_costs_its_curves_alone(tmp_path, capsys):
