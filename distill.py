@@ -61,6 +61,7 @@ from torch.utils.data import DataLoader
 import data
 from data import IGNORED, MISSING, Sample
 from evaluate import (
+    HEAD_ENDING,
     Parser,
     division_warnings,
     non_negative,
@@ -96,6 +97,7 @@ from train_ensemble import (
     build_loaders,
     build_network,
     build_optimizer,
+    build_training_loader,
     choose_validation_interval,
     cross_entropy,
     fit,
@@ -570,7 +572,7 @@ def train_student(
         teacher.compile_for_one_size()
     targets = open_targets(teacher, flags, distillation, views, val_set, path)
     views_without_targets = build_views(flags, distillation, train_set, stream.view_seeds, None)
-    label_loader, _ = build_loaders(flags, views_without_targets, val_set)
+    label_loader = build_training_loader(flags, views_without_targets)
     lessons = Lessons(
         train_loader=train_loader,
         label_loader=label_loader,
@@ -698,7 +700,7 @@ def train_head(
 
 def path_of_head(path: Path) -> Path:
     """Beside which the log and the state of the head's own training lie; no file has this name."""
-    return path.with_name(f"{path.stem}-head.pt")
+    return path.with_name(f"{path.stem}{HEAD_ENDING}.pt")
 
 
 def build_validation(lessons: Lessons, flags: TrainingFlags, with_uncertainty: bool) -> Callable:
@@ -927,7 +929,7 @@ def main(args: argparse.Namespace) -> None:
     path = args.out or member_files(args.teacher)[0].with_name("student.pt")
     if path.suffix != ".pt":  # the files beside it have its name with another suffix
         raise UsageError(f"--out {path}: name a file that ends in .pt")
-    if path.stem.endswith("-head"):
+    if path.stem.endswith(HEAD_ENDING):
         raise UsageError(
             f"--out {path}: the files of a student's head have names that end so; use another name"
         )

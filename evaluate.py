@@ -2296,7 +2296,7 @@ def learning_charts(logs: dict[str, list[dict]]) -> list[Chart]:
     networks = {}
     heads = {}
     for name, entries in logs.items():
-        kind = heads if name.endswith("-head") else networks
+        kind = heads if name.endswith(HEAD_ENDING) else networks
         kind[name] = entries
     drawn = [
         ("loss", "Training loss", networks),
@@ -3198,13 +3198,16 @@ def anomalies_sentence(results: dict) -> str:
     return f"Unknown objects are found best {', '.join(texts)}."
 
 
+HEAD_ENDING = "-head"  # of the name under which an uncertainty head that learns alone is logged
+
+
 def training_logs(checkpoints: Sequence[Path]) -> dict[str, list[dict]]:
     """The lines of the .jsonl beside each checkpoint, by its name, and those of a head that
     learned alone; a network without one is left out, and one that cannot be read is left
     out with a warning."""
     logs = {}
     for checkpoint in checkpoints:
-        for name in (checkpoint.stem, f"{checkpoint.stem}-head"):
+        for name in (checkpoint.stem, checkpoint.stem + HEAD_ENDING):
             path = checkpoint.with_name(f"{name}.jsonl")
             if not path.exists():  # a checkpoint may come from elsewhere, or learn in one go
                 continue

@@ -1453,15 +1453,17 @@ def build_loaders(
             f"{len(views)} training images are less than a batch of {flags.batch_size}: one batch "
             "of all of them"
         )
-    rank = get_rank()
-    world = get_world_size()
-    train_loader = data.training_loader(
-        views, flags.batch_size, flags.workers, flags.device, rank, world
-    )
     val_loader = data.evaluation_loader(
-        val_set, flags.batch_size, flags.workers, flags.device, rank, world
+        val_set, flags.batch_size, flags.workers, flags.device, get_rank(), get_world_size()
     )
-    return train_loader, val_loader
+    return build_training_loader(flags, views), val_loader
+
+
+def build_training_loader(flags: TrainingFlags, views: data.TrainingViews) -> DataLoader:
+    """The batches that this process trains on."""
+    return data.training_loader(
+        views, flags.batch_size, flags.workers, flags.device, get_rank(), get_world_size()
+    )
 
 
 def save_checkpoint(

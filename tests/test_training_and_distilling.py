@@ -798,8 +798,10 @@ def test_a_confidence_head_and_the_error_measure(trained, command, tmp_path):
 def test_mc_dropout_teaches(trained, command, tmp_path):
     member = trained[1] / "member_00.pt"
     flags = ["--teacher", member, "--mc-samples", 2, "--device", "cpu", "--epochs", 1]
-    flags += ["--head-epochs", 1, "--out", tmp_path / "s.pt"]
-    assert command("distill", *flags)[0] == 0
+    flags += ["--head-epochs", 1, "--batch-size", 8, "--out", tmp_path / "s.pt"]
+    code, out, _ = command("distill", *flags)
+    assert code == 0
+    assert out.count("5 training images are less than a batch of 8") == 1  # for both trainings
     flags = ["--student", tmp_path / "s.pt", "--teacher", member, "--mc-samples", 2, "--panels", 0]
     assert command("evaluate", *flags, "--device", "cpu", "--out", tmp_path / "r")[0] == 0
 
