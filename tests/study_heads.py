@@ -6,9 +6,9 @@ Whole frames: five members of 30 epochs at 180x240 and, for each variant, one st
 many epochs. A second ensemble, at 120x160, has no labels of bicyclists and pedestrians. Every
 second of the validation images is there to choose a variant by, the others to report it.
 
-A head that learns alone changes nothing but itself. So one student can have several of them at
-once, and each learns what it would learn alone: `ManyHeads`. Afterwards each becomes a checkpoint
-of its own. The other variants are flags of distill.py.
+A head that learns alone changes nothing but itself. So the network of the variant "confidence" is
+given several heads at once, and each learns what it would learn alone: `ManyHeads`. Afterwards each
+becomes a checkpoint of its own. The other variants are flags of distill.py.
 
 A study that was stopped continues with the same command. Prints Markdown tables.
 """
@@ -73,7 +73,7 @@ class WideHead(ConfidenceHead):
 
 
 class Alone(NamedTuple):
-    """A variant that is a head of its own, learned alone."""
+    """A variant that is another head of the network of "confidence"."""
 
     head: type[ConfidenceHead]
     in_logarithms: bool = False  # smooth L1 of log(1e-3 + u) in place of the RMSLE
@@ -166,6 +166,24 @@ def logarithmic_loss(uncertainty: Tensor, logits: Tensor, labels: Tensor, target
     return torch.stack(terms).mean()
 
 
+def load_segmentation(
+    path: Path,
+    lessons: distill.Lessons,
+    flags: distill.TrainingFlags,
+    distillation: distill.DistillationFlags,
+) -> tuple[nn.Module, dict]:
+    """The network of "confidence", in place of `distill.train_segmentation`."""
+    finished = path.with_name(f"confidence-{seed_of(path)}.pt")
+    checkpoint = torch.load(finished, weights_only=True)
+    weights = {}
+    for key, value in checkpoint["model"].items():
+        if not key.startswith("uncertainty."):
+            weights[key] = value
+    student = distill.build_network(flags, flags.seed, lessons.num_classes)
+    student.load_state_dict(weights)
+    return student, checkpoint["metrics"]
+
+
 def split_heads(path: Path) -> None:
     """A checkpoint for every head of the student of `ManyHeads` at `path`."""
     checkpoint = torch.load(path, weights_only=True)
@@ -199,6 +217,7 @@ def run_command(script: str, flags: list[str]) -> int:
     module = {"distill.py": distill, "evaluate.py": evaluate}[script]
     has_many = "many" in flags
     if has_many:
+        distill.train_segmentation = load_segmentation
         distill.head_loss = many_losses
     code = evaluate.run_main(module.main, module.get_args_parser(), flags)
     if has_many and code == 0:
@@ -240,20 +259,18 @@ class Study:
             self.call("train_ensemble.py", *flags, *TRAINING, "--out", name)
 
     def train_student(self, ensemble: str, variant: str, seed: int) -> None:
-        """A student at `student_path`, or all of `ALONE` where the variant is "alone"."""
+        """A student at `student_path`; after "confidence" also the other heads of its network."""
+        path = self.student_path(ensemble, variant, seed)
         flags = ["--teacher", ensemble, "--data", self.data, "--seed", seed, *TRAINING]
         flags += ["--views", 1 if ensemble == "members" else 5]
-        if variant == "alone":
-            path = self.student_path(ensemble, "alone", seed)
-            flags += ["--head", "many"]
-        else:
-            path = self.student_path(ensemble, variant, seed)
-            flags += SINGLE[variant]
-        finished = [path]
-        if variant == "alone":  # a kill may have come before they were split
-            finished = [self.student_path(ensemble, name, seed) for name in ALONE]
-        if not all((self.out / each).exists() for each in finished):
-            self.call("distill.py", *flags, "--out", path)
+        if not (self.out / path).exists():
+            self.call("distill.py", *flags, *SINGLE[variant], "--out", path)
+
+        if (ensemble, variant) == ("members", "confidence"):
+            heads = [self.student_path(ensemble, name, seed) for name in ALONE]
+            if not all((self.out / head).exists() for head in heads):
+                path = self.student_path(ensemble, "alone", seed)
+                self.call("distill.py", *flags, "--head", "many", "--out", path)
 
     def student_path(self, ensemble: str, variant: str, seed: int) -> Path:
         return Path("students", ensemble, f"{file_name(variant)}-{seed}.pt")
@@ -277,7 +294,6 @@ class Study:
         """(ensemble, variant, seed) of each student, seed by seed, the cheapest answers first."""
         waiting = []
         for seed in range(self.seeds):
-            waiting.append(("members", "alone", seed))
             waiting += [("members", variant, seed) for variant in self.variants]
         for seed in range(self.seeds):
             waiting += [("held_out", variant, seed) for variant in HELD_OUT_VARIANTS]
@@ -301,7 +317,10 @@ class Study:
                 raise
 
             waiting = {}
-            variants_of = {"members": (*self.variants, *ALONE), "held_out": HELD_OUT_VARIANTS}
+            of_members = list(self.variants)
+            if "confidence" in self.variants:
+                of_members += ALONE
+            variants_of = {"members": of_members, "held_out": HELD_OUT_VARIANTS}
             for ensemble, variants in variants_of.items():
                 for variant in variants:
                     for part in ("choose", "report"):
