@@ -75,9 +75,12 @@ from metrics import ERROR, MEASURES, ensemble_measures
 from model import (
     BACKBONES,
     HEADS,
+    DeepLabV3,
     Ensemble,
+    Prediction,
     UsageError,
     autocast,
+    get_world_size,
     is_first_process,
     load_ensemble,
     locked,
@@ -138,17 +141,29 @@ def student_segmentation_loss(
 
 
 def head_loss(
-    student: nn.Module, batch: Sample, targets: "TeacherTargets"
+    student: nn.Module,
+    batch: Sample,
+    targets: "TeacherTargets",
+    kept: "KeptFeatures | None" = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of the uncertainty head alone, and its terms for the log.
+    """The loss of the uncertainty head alone, and its terms for the log."""
+    target = targets.for_batch(batch)
+    logits, uncertainty = predict_frozen(student, batch, kept)
+    return uncertainty_loss(uncertainty, logits, batch.labels, target.uncertainty)
 
-    The network is as it is in evaluation: its dropout is off, and its batch norms take the
-    running statistics and leave them alone.
+
+def predict_frozen(
+    student: nn.Module, batch: Sample, kept: "KeptFeatures | None" = None
+) -> Prediction:
+    """The predictions of a network of which the uncertainty head alone learns.
+
+    The rest is as it is in evaluation: its dropout is off, and its batch norms take the running
+    statistics and leave them alone. kept: the features that it has given already.
     """
     student.eval()
-    target = targets.for_batch(batch)
-    logits, uncertainty = student(batch.images)
-    return uncertainty_loss(uncertainty, logits, batch.labels, target.uncertainty)
+    if kept is None:
+        return student(batch.images)
+    return kept.network.apply_heads(kept.for_batch(batch), batch.images.shape[-2:])
 
 
 def distillation_loss(
@@ -677,7 +692,8 @@ def train_head(
         student.to(memory_format=torch.channels_last)
     parameters = list(student.uncertainty.parameters())
     optimizer = torch.optim.Adam([{"params": parameters, "lr_mult": 1.0}], HEAD_LR)
-    loss_fn = functools.partial(head_loss, targets=lessons.targets)
+    kept = keep_features(student, lessons, flags, distillation)
+    loss_fn = functools.partial(head_loss, targets=lessons.targets, kept=kept)
     validation = build_validation(lessons, flags, with_uncertainty=True)
     flags_of_head = flags._replace(
         epochs=distillation.head_epochs,
@@ -696,6 +712,50 @@ def train_head(
         path_of_head(path),
     )
     return weights
+
+
+class KeptFeatures:
+    """The features of a network that learns no more, kept in memory: each view is seen often.
+
+    Images pass one by one, so that their features do not depend on who else is in the batch: a
+    run that is resumed, and has to compute them anew, gets the same bits.
+    """
+
+    def __init__(self, network: DeepLabV3):
+        self.network = network
+        self.features = {}  # [256, h, w] of each (view, index, flip)
+
+    def for_batch(self, batch: Sample) -> Tensor:
+        """[B, 256, h, w]"""
+        keys = list(
+            zip(batch.view.tolist(), batch.index.tolist(), batch.flip.tolist(), strict=True)
+        )
+        for key, image in zip(keys, batch.images, strict=True):
+            if key not in self.features:
+                with torch.no_grad():
+                    pixels = image[None].float() / 255
+                    self.features[key] = self.network.extract_features(pixels)[0]
+        return torch.stack([self.features[key] for key in keys])
+
+
+LARGEST_MEMORY = 1e9  # bytes of `KeptFeatures`
+
+
+def keep_features(
+    student: DeepLabV3, lessons: Lessons, flags: TrainingFlags, distillation: DistillationFlags
+) -> KeptFeatures | None:
+    """`KeptFeatures` where they save time: on a CPU, if views come again and there is room."""
+    forms_of_image = 2 * distillation.views  # each view as it is and mirrored
+    comes_again = 0 < forms_of_image < distillation.head_epochs
+    if flags.device.type != "cpu" or get_world_size() > 1 or not comes_again:
+        return None
+    with torch.no_grad(), autocast(flags.device, flags.amp):
+        example = student.eval().extract_features(torch.zeros(1, 3, *flags.crop_size))
+    needed = forms_of_image * len(lessons.train_loader.dataset) * example.nbytes
+    if needed > LARGEST_MEMORY:
+        return None
+    print(f"features: {needed / 1e6:,.1f} MB in memory")
+    return KeptFeatures(student)
 
 
 def path_of_head(path: Path) -> Path:

@@ -138,12 +138,11 @@ def build_head(name: str, channels: int, num_measures: int) -> nn.Module:
 
 
 def many_losses(
-    student: nn.Module, batch: Sample, targets: distill.TeacherTargets
+    student: nn.Module, batch: Sample, targets: distill.TeacherTargets, kept=None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`distill.head_loss` of every head. Their sum: Adam's steps do not depend on its scale."""
-    student.eval()
     target = targets.for_batch(batch).uncertainty
-    logits, uncertainty = student(batch.images)
+    logits, uncertainty = distill.predict_frozen(student, batch, kept)
     channels_of_heads = uncertainty.split(len(MEASURES), dim=1)
     logs = {}
     for (name, variant), channels in zip(ALONE.items(), channels_of_heads, strict=True):
@@ -352,23 +351,13 @@ class Study:
 def print_part(results: dict, ensemble: str, part: str) -> None:
     """Segmentation, agreement, and what the learned scores are worth, of every variant."""
     variants = [key[1] for key in results if key[0] == ensemble and key[2] == part]
-    rows = []
+    first_run = results[ensemble, variants[0], part][:1]
+    rows = rows_of_model("a member", first_run, "member", ("msp",))
+    rows += rows_of_model("the teacher", first_run, "teacher", ("std", "msp"))
     for variant in variants:
         runs = results[ensemble, variant, part]
-        segmentation = [run["segmentation"]["student"] for run in runs]
-        dudes = [run["uncertainty"]["student/dudes"] for run in runs]
-        rows.append(
-            [
-                variant,
-                spread([figures["miou"] for figures in segmentation]),
-                spread([figures["nll"] for figures in segmentation], 1, 3),
-                spread([figures["ece"] for figures in segmentation]),
-                spread([run["fidelity"]["pearson"] for run in runs], 1, 3),
-                spread([figures["auroc"] for figures in dudes]),
-                spread([figures["aurc"] for figures in dudes], 1, 4),
-            ]
-        )
-    head = ["", "mIoU %", "NLL", "ECE %", "Pearson, std", "errors by `dudes`: AUROC %", "AURC"]
+        rows += rows_of_model(variant, runs, "student", ("dudes", "error", "msp"))
+    head = ["", "mIoU %", "NLL", "ECE %", "Pearson, std", "its errors by", "AUROC %", "AURC"]
     print(f"\n{ensemble}, {part}")
     print_table(head, rows)
 
@@ -384,6 +373,35 @@ def print_part(results: dict, ensemble: str, part: str) -> None:
             rows += comparison_rows(variant, tables)
         print(f"\n{ensemble}, {part}: {task}. Gain over the best free score, points of AUROC")
         print_table(["", "score", "AUROC %", "gain", "intervals above, around, below 0"], rows)
+
+
+def rows_of_model(
+    name: str, runs: list[dict], model_name: str, scores: tuple[str, ...]
+) -> list[list[str]]:
+    """How a model segments and, a row each, how those scores that it has find its errors."""
+    segmentation = [run["segmentation"][model_name] for run in runs]
+    agreement = "1"
+    if model_name == "student":
+        agreement = spread([run["fidelity"]["pearson"] for run in runs], 1, 3)
+    elif model_name == "member":
+        agreement = ""
+    first_cells = [
+        name,
+        spread([figures["miou"] for figures in segmentation]),
+        spread([figures["nll"] for figures in segmentation], 1, 3),
+        spread([figures["ece"] for figures in segmentation]),
+        agreement,
+    ]
+    rows = []
+    for score in scores:
+        key = f"{model_name}/{score}"
+        if key in runs[0]["uncertainty"]:
+            errors = [run["uncertainty"][key] for run in runs]
+            auroc = spread([figures["auroc"] for figures in errors])
+            aurc = spread([figures["aurc"] for figures in errors], 1, 4)
+            rows.append([*first_cells, f"`{score}`", auroc, aurc])
+            first_cells = [""] * len(first_cells)
+    return rows
 
 
 def comparison_rows(variant: str, tables: list[dict]) -> list[list[str]]:

@@ -351,6 +351,18 @@ def test_weights_from_a_torchvision_classifier(tmp_path):
         assert torch.equal(next(iter(network.backbone.parameters())), first) and "random" in line
 
 
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+def test_residual_blocks_from_scratch_begin_as_the_identity(backbone):
+    network = DeepLabV3(backbone, 3)
+    stage = network.backbone.layer2.eval()
+    x = torch.rand(1, stage[0].conv1.in_channels, 8, 8)
+    assert not torch.equal(stage[1](stage[0](x)), stage[0].downsample(x).relu())
+    assert load_weights(network, "none", backbone) == "weights: random"
+    first = stage[0](x)
+    torch.testing.assert_close(first, stage[0].downsample(x).relu())
+    torch.testing.assert_close(stage[1](first), first)
+
+
 def test_weights_of_another_network_are_refused(tmp_path):
     torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "w.pt")
     with pytest.raises(ModelError, match="do not fit backbone resnet18"):

@@ -558,6 +558,48 @@ def test_the_head_changes_nothing_of_the_network(trained, command, tmp_path):
     assert epoch["miou"] == read_checkpoint(tmp_path / "s.pt")["metrics"]["miou"]
 
 
+def test_kept_features_are_the_networks_and_do_not_depend_on_the_batch():
+    network = DeepLabV3("resnet18", 4, ("std",), head="confidence").eval()
+    images = torch.randint(0, 256, (3, 3, 32, 48), dtype=torch.uint8)
+    labels = torch.zeros(3, 32, 48, dtype=torch.uint8)
+    index, view = torch.tensor([4, 1, 0]), torch.tensor([0, 0, 1])
+    batch = Sample(images, labels, index, view, torch.tensor([False, True, False]))
+    kept = distill.KeptFeatures(network)
+    with torch.inference_mode():
+        expected = network(images)
+        found = distill.predict_frozen(network, batch, kept)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.uncertainty, expected.uncertainty, rtol=1e-4, atol=1e-5)
+
+    features = kept.for_batch(batch)
+    last_two = Sample(*(value[1:] for value in batch[:5]))
+    assert torch.equal(distill.KeptFeatures(network).for_batch(last_two), features[1:])
+    black = batch._replace(images=torch.zeros_like(images))
+    assert torch.equal(kept.for_batch(black), features)  # they were kept
+    mirrored = black._replace(flip=~batch.flip)
+    assert not torch.equal(kept.for_batch(mirrored), features)
+
+
+@pytest.mark.parametrize("views, head_epochs, megabytes, kept", [
+    (1, 3, 1, True), (1, 2, 1, False), (0, 9, 1, False), (1, 3, 1e-3, False),
+])  # fmt: skip
+def test_features_are_kept_where_views_come_again_and_there_is_room(
+    monkeypatch, capsys, views, head_epochs, megabytes, kept
+):
+    monkeypatch.setattr(distill, "LARGEST_MEMORY", 1e6 * megabytes)
+    settings = {name: None for name in distill.DistillationFlags._fields}
+    distillation = distill.DistillationFlags(
+        **(settings | {"views": views, "head_epochs": head_epochs})
+    )
+    lessons = distill.Lessons(*[None] * len(distill.Lessons._fields))
+    lessons = lessons._replace(train_loader=argparse.Namespace(dataset=range(5)))
+    flags = flags_of(device=torch.device("cpu"), crop_size=(32, 48), amp="off")
+    features = distill.keep_features(DeepLabV3("resnet18", 4), lessons, flags, distillation)
+    assert (features is not None) == kept
+    # twice, five views, 256 channels, 2 x 3, four bytes
+    assert ("features: 0.1 MB in memory" in capsys.readouterr().out) == kept
+
+
 @pytest.mark.parametrize(
     "views, distill_probs, passes_of_a_member",
     [(5, 1.0, 5), (20, 1.0, 10), (0, 1.0, 14), (0, 0.0, 10)],
