@@ -2443,7 +2443,7 @@ class EvaluationAnomalies(Dataset):
 # to know how they are drawn.
 
 SYNTHETIC_SPLITS = {"train": 240, "val": 48, "ood": 48}  # images of each
-SYNTHETIC_SIZE = (96, 144)  # height, width
+SYNTHETIC_SIZE = (80, 120)  # height, width
 
 
 class SyntheticScenes(SegmentationDataset):

@@ -124,7 +124,7 @@ def test_a_loaded_network_knows_its_classes_measures_and_size(tmp_path, home, st
 def test_a_checkpoint_tells_the_size_of_the_images_it_was_trained_for(folder):
     flags = flags_of(backbone="resnet18", dataset="x", hold_out=[], crop_size=(32, 32))
     for dataset, expected in (
-        (data.open_dataset("synthetic", None, "val"), [96, 144]),
+        (data.open_dataset("synthetic", None, "val"), [80, 120]),
         (data.open_dataset("folder", folder, "val"), [40, 56]),
         (data.open_dataset("folder", folder, "val", image_size=[20, 30]), [20, 30]),
     ):

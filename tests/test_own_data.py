@@ -328,17 +328,17 @@ def test_what_is_found_in_place_of_masks_is_said(tmp_path):
 def test_settings_are_a_table_in_rows_of_the_terminal():
     """All flags stood in one line of 600 characters."""
     groups = {
-        "data": {"dataset": "folder", "crop_size": [96, 144], "cache": None, "hold_out": []},
+        "data": {"dataset": "folder", "crop_size": [80, 120], "cache": None, "hold_out": []},
         "nothing": {"overwrite": False},
         "machine": {"seed": 0, "compile": True, "out": Path("x" * 30)},
     }
     assert evaluate.settings_table(groups, 80).splitlines() == [
-        "data     dataset folder   crop-size 96 144",
+        "data     dataset folder   crop-size 80 120",
         f"machine  seed 0   compile on   out {'x' * 30}",
     ]
     assert evaluate.settings_table(groups, 40).splitlines() == [
         "data     dataset folder",
-        "         crop-size 96 144",
+        "         crop-size 80 120",
         "machine  seed 0   compile on",
         f"         out {'x' * 30}",
     ]
@@ -500,7 +500,7 @@ def test_help_has_the_defaults_of_flags_and_recipes(module):
     assert [cell.strip() for cell in rows[0] if cell] == list(train_ensemble.RECIPES)
     words = " ".join(recipes.split())
     if module is train_ensemble:
-        assert "crop-size 96 144 360 480 768 768 512 512 512 512" in words
+        assert "crop-size 80 120 360 480 768 768 512 512 512 512" in words
         assert "lr 0.1 0.01 0.01 0.001 0.01" in words and "--lr 0.05" in words
     else:
         assert "views 1 5 5 5 5" in words
