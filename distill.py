@@ -1108,7 +1108,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=positive(int),
         metavar="N",
         help="epochs of the confidence head alone; each costs about a third of an epoch of the "
-        "whole network (default: the recipe's, below)",
+        "whole network, and on a CPU far less where views come again (default: the recipe's, "
+        "below)",
     )
     flag(
         "--distill-probs",
