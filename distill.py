@@ -715,7 +715,7 @@ def train_head(
 
 
 class KeptFeatures:
-    """The features of a network that learns no more, kept in memory: each view is seen often.
+    """The features of a network that learns no more, of views that come again, in memory.
 
     Images pass one by one, so that their features do not depend on who else is in the batch: a
     run that is resumed, and has to compute them anew, gets the same bits.
@@ -727,9 +727,8 @@ class KeptFeatures:
 
     def for_batch(self, batch: Sample) -> Tensor:
         """[B, 256, h, w]"""
-        keys = list(
-            zip(batch.view.tolist(), batch.index.tolist(), batch.flip.tolist(), strict=True)
-        )
+        numbers = (batch.view.tolist(), batch.index.tolist(), batch.flip.tolist())
+        keys = list(zip(*numbers, strict=True))
         for key, image in zip(keys, batch.images, strict=True):
             if key not in self.features:
                 with torch.no_grad():
@@ -738,16 +737,21 @@ class KeptFeatures:
         return torch.stack([self.features[key] for key in keys])
 
 
-LARGEST_MEMORY = 1e9  # bytes of `KeptFeatures`
+# Of `KeptFeatures`, in bytes: a quarter of what a small machine has.
+LARGEST_MEMORY = 1e9
 
 
 def keep_features(
     student: DeepLabV3, lessons: Lessons, flags: TrainingFlags, distillation: DistillationFlags
 ) -> KeptFeatures | None:
-    """`KeptFeatures` where they save time: on a CPU, if views come again and there is room."""
-    forms_of_image = 2 * distillation.views  # each view as it is and mirrored
+    """`KeptFeatures` where they save time, on a CPU; else None.
+
+    A view comes as it is and mirrored, so that an image has twice as many forms as views. Where
+    the head has no more epochs than that, hardly any form comes again.
+    """
+    forms_of_image = 2 * distillation.views
     comes_again = 0 < forms_of_image < distillation.head_epochs
-    if flags.device.type != "cpu" or get_world_size() > 1 or not comes_again:
+    if flags.device.type != "cpu" or flags.compile or get_world_size() > 1 or not comes_again:
         return None
     with torch.no_grad(), autocast(flags.device, flags.amp):
         example = student.eval().extract_features(torch.zeros(1, 3, *flags.crop_size))
@@ -949,7 +953,8 @@ def choose_lessons(command: dict) -> dict:
 
 def views_of_work(flags: TrainingFlags, distillation: DistillationFlags, members: int) -> float:
     """The work on one image in training steps of a view: those of the student in all epochs, and
-    a third of a step for each pass of a member and for each view that the head learns alone."""
+    a third of a step for each pass of a member and for each view that the head learns alone; less
+    where `KeptFeatures` are."""
     epochs_with_teacher = flags.epochs
     if distillation.head != "paper" and distillation.distill_probs == 0:
         epochs_with_teacher = 0  # the segmentation learns from the labels alone
@@ -1108,8 +1113,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=positive(int),
         metavar="N",
         help="epochs of the confidence head alone; each costs about a third of an epoch of the "
-        "whole network, and on a CPU far less where views come again (default: the recipe's, "
-        "below)",
+        "whole network, and on a CPU far less where N is several times 2 K of --views "
+        "(default: the recipe's, below)",
     )
     flag(
         "--distill-probs",

@@ -134,7 +134,7 @@ RECIPES = {
         jitter=0.0,
         views=1,
         student_epochs_factor=3,
-        # More of the teacher's probabilities agrees better with it and segments worse.
+        # With 0 the student segments better and agrees less with its teacher (docs/RESULTS.md).
         distill_probs=0.2,
         head_epochs=24,
         uncertainty_weight=2.0,

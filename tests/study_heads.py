@@ -10,7 +10,8 @@ A head that learns alone changes nothing but itself. So the network of the varia
 given several heads at once, and each learns what it would learn alone: `ManyHeads`. Afterwards each
 becomes a checkpoint of its own. The other variants are flags of distill.py.
 
-A study that was stopped continues with the same command. Prints Markdown tables.
+A study that was stopped continues with the same command (several heads at once begin anew). Prints
+Markdown tables.
 """
 
 import argparse
@@ -138,7 +139,10 @@ def build_head(name: str, channels: int, num_measures: int) -> nn.Module:
 
 
 def many_losses(
-    student: nn.Module, batch: Sample, targets: distill.TeacherTargets, kept=None
+    student: nn.Module,
+    batch: Sample,
+    targets: distill.TeacherTargets,
+    kept: distill.KeptFeatures | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`distill.head_loss` of every head. Their sum: Adam's steps do not depend on its scale."""
     target = targets.for_batch(batch).uncertainty
@@ -380,10 +384,11 @@ def rows_of_model(
 ) -> list[list[str]]:
     """How a model segments and, a row each, how those scores that it has find its errors."""
     segmentation = [run["segmentation"][model_name] for run in runs]
-    agreement = "1"
     if model_name == "student":
         agreement = spread([run["fidelity"]["pearson"] for run in runs], 1, 3)
-    elif model_name == "member":
+    elif model_name == "teacher":
+        agreement = "1"
+    else:
         agreement = ""
     first_cells = [
         name,

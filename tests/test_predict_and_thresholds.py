@@ -404,7 +404,7 @@ def test_predict_writes_maps_on_one_scale(trained, predict_with, tmp_path):
 
 
 def test_predict_runs_at_the_size_of_the_training(trained, command, tmp_path):
-    """A network of 80x120 scenes ran on photographs at their own size, which gave nonsense."""
+    """A network of small scenes ran on photographs at their own size, which gave nonsense."""
     photos = save_photos(tmp_path / "photos", a=(60, 120))
     checkpoint = torch.load(trained[1] / "student.pt", weights_only=True)
     assert checkpoint["config"]["image_size"] == [40, 56]  # crops of images at their own size

@@ -558,6 +558,21 @@ def test_the_head_changes_nothing_of_the_network(trained, command, tmp_path):
     assert epoch["miou"] == read_checkpoint(tmp_path / "s.pt")["metrics"]["miou"]
 
 
+def test_a_head_that_learns_from_kept_features_goes_on_to_the_same_bits(
+    trained, command, tmp_path, monkeypatch
+):
+    flags = ["--teacher", trained[1], "--device", "cpu", "--epochs", 1, "--views", 1]
+    flags += ["--head-epochs", 4]
+    code, out, _ = command("distill", *flags, "--out", tmp_path / "whole.pt")
+    assert code == 0 and "features: " in out
+    with monkeypatch.context() as patch:
+        stopped_in("head_loss", 6, patch)  # some of the third epoch's features are known
+        assert command("distill", *flags, "--out", tmp_path / "cut.pt")[0] == 143
+    code, out, _ = command("distill", *flags, "--out", tmp_path / "cut.pt")
+    assert code == 0 and "cut-head: continuing at epoch 2" in out
+    assert torch.equal(weights(tmp_path / "whole.pt"), weights(tmp_path / "cut.pt"))
+
+
 def test_kept_features_are_the_networks_and_do_not_depend_on_the_batch():
     network = DeepLabV3("resnet18", 4, ("std",), head="confidence").eval()
     images = torch.randint(0, 256, (3, 3, 32, 48), dtype=torch.uint8)
@@ -572,10 +587,12 @@ def test_kept_features_are_the_networks_and_do_not_depend_on_the_batch():
     torch.testing.assert_close(found.uncertainty, expected.uncertainty, rtol=1e-4, atol=1e-5)
 
     features = kept.for_batch(batch)
-    last_two = Sample(*(value[1:] for value in batch[:5]))
-    assert torch.equal(distill.KeptFeatures(network).for_batch(last_two), features[1:])
+    passes = []
+    network.backbone.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    assert torch.equal(distill.KeptFeatures(network).for_batch(batch), features)
+    assert passes == [1, 1, 1]  # each alone, so that no neighbour changes a bit
     black = batch._replace(images=torch.zeros_like(images))
-    assert torch.equal(kept.for_batch(black), features)  # they were kept
+    assert torch.equal(kept.for_batch(black), features) and len(passes) == 3  # they were kept
     mirrored = black._replace(flip=~batch.flip)
     assert not torch.equal(kept.for_batch(mirrored), features)
 
@@ -591,11 +608,15 @@ def test_features_are_kept_where_views_come_again_and_there_is_room(
     distillation = distill.DistillationFlags(
         **(settings | {"views": views, "head_epochs": head_epochs})
     )
-    lessons = distill.Lessons(*[None] * len(distill.Lessons._fields))
-    lessons = lessons._replace(train_loader=argparse.Namespace(dataset=range(5)))
-    flags = flags_of(device=torch.device("cpu"), crop_size=(32, 48), amp="off")
-    features = distill.keep_features(DeepLabV3("resnet18", 4), lessons, flags, distillation)
+    nothing = dict.fromkeys(distill.Lessons._fields)
+    loader = argparse.Namespace(dataset=range(5))
+    lessons = distill.Lessons(**(nothing | {"train_loader": loader}))
+    flags = flags_of(crop_size=(32, 48))
+    network = DeepLabV3("resnet18", 4)
+    features = distill.keep_features(network, lessons, flags, distillation)
     assert (features is not None) == kept
+    for other in (flags._replace(device=torch.device("cuda")), flags._replace(compile=True)):
+        assert distill.keep_features(network, lessons, other, distillation) is None
     # twice, five views, 256 channels, 2 x 3, four bytes
     assert ("features: 0.1 MB in memory" in capsys.readouterr().out) == kept
 
