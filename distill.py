@@ -163,7 +163,7 @@ def predict_frozen(
     student.eval()
     if kept is None:
         return student(batch.images)
-    return kept.network.apply_heads(kept.for_batch(batch), batch.images.shape[-2:])
+    return student.apply_heads(kept.for_batch(student, batch), batch.images.shape[-2:])
 
 
 def distillation_loss(
@@ -721,19 +721,17 @@ class KeptFeatures:
     run that is resumed, and has to compute them anew, gets the same bits.
     """
 
-    def __init__(self, network: DeepLabV3):
-        self.network = network
+    def __init__(self):
         self.features = {}  # [256, h, w] of each (view, index, flip)
 
-    def for_batch(self, batch: Sample) -> Tensor:
-        """[B, 256, h, w]"""
+    def for_batch(self, network: DeepLabV3, batch: Sample) -> Tensor:
+        """[B, 256, h, w]; `network` is asked for those that are not there yet."""
         numbers = (batch.view.tolist(), batch.index.tolist(), batch.flip.tolist())
         keys = list(zip(*numbers, strict=True))
         for key, image in zip(keys, batch.images, strict=True):
             if key not in self.features:
                 with torch.no_grad():
-                    pixels = image[None].float() / 255
-                    self.features[key] = self.network.extract_features(pixels)[0]
+                    self.features[key] = network.extract_features(image[None])[0]
         return torch.stack([self.features[key] for key in keys])
 
 
@@ -754,12 +752,13 @@ def keep_features(
     if flags.device.type != "cpu" or flags.compile or get_world_size() > 1 or not comes_again:
         return None
     with torch.no_grad(), autocast(flags.device, flags.amp):
-        example = student.eval().extract_features(torch.zeros(1, 3, *flags.crop_size))
+        image = torch.zeros(1, 3, *flags.crop_size, dtype=torch.uint8)
+        example = student.eval().extract_features(image)
     needed = forms_of_image * len(lessons.train_loader.dataset) * example.nbytes
     if needed > LARGEST_MEMORY:
         return None
     print(f"features: {needed / 1e6:,.1f} MB in memory")
-    return KeptFeatures(student)
+    return KeptFeatures()
 
 
 def path_of_head(path: Path) -> Path:

@@ -2146,6 +2146,7 @@ class Chart(NamedTuple):
 
     svg: str
     height: int
+    caption: str = ""  # what to look for
 
 
 class Limits(NamedTuple):
@@ -2289,24 +2290,46 @@ def line_chart(
     return Chart(f"{head}<title>{html.escape(title)}</title>{''.join(parts)}</svg>", height)
 
 
+HEAD_ENDING = "-head"  # of the name under which an uncertainty head that learns alone is logged
+
+
 def learning_charts(logs: dict[str, list[dict]]) -> list[Chart]:
     """Loss and validation mIoU by epoch. logs: by the name of a network, the lines of
     its .jsonl; an epoch after which nothing was validated has no mIoU. The loss of a head
-    that learned alone is another one than its network's, and has a chart of its own."""
+    that learned alone is another one than its network's, and has a chart of its own.
+    Each chart has its caption."""
     networks = {}
     heads = {}
     for name, entries in logs.items():
         kind = heads if name.endswith(HEAD_ENDING) else networks
         kind[name] = entries
     drawn = [
-        ("loss", "Training loss", networks),
-        ("miou", "Validation mIoU", networks),
+        (
+            "loss",
+            "Training loss",
+            networks,
+            "Good: falls to the end. A student’s loss may have more terms than a member’s.",
+        ),
+        (
+            "miou",
+            "Validation mIoU",
+            networks,
+            "Good: level in the end. Where it still rises, more epochs would help.",
+        ),
     ]
     if heads:
-        drawn.append(("loss", "Training loss of the uncertainty head", heads))
+        drawn.append(
+            (
+                "loss",
+                "Training loss of the uncertainty head",
+                heads,
+                "Good: falls, ever more slowly. The network is finished by then and does not "
+                "change.",
+            )
+        )
 
     charts = []
-    for key, title, logs_of_kind in drawn:
+    for key, title, logs_of_kind, caption in drawn:
         series = []
         for number, (name, entries) in enumerate(logs_of_kind.items()):
             known = [entry for entry in entries if entry.get(key) is not None]
@@ -2315,7 +2338,8 @@ def learning_charts(logs: dict[str, list[dict]]) -> list[Chart]:
             colour = number % len(COLOURS)
             dash = number // len(COLOURS) % len(DASHES)
             series.append(Series(name, epochs, values, colour, dash))
-        charts.append(line_chart(title, series, "epoch", key, Limits(y0=0)))
+        chart = line_chart(title, series, "epoch", key, Limits(y0=0))
+        charts.append(chart._replace(caption=caption))
     return charts
 
 
@@ -3028,20 +3052,12 @@ def pictures_html(results: dict, pictures: Pictures) -> dict[str, str]:
         parts["operating_points"] = panel_html(*pictures.rejection)
     if pictures.logs:
         parts["training"] = ""
-        # without a head's chart there is a caption more
-        for chart, caption in zip(learning_charts(pictures.logs), LEARNING_CAPTIONS, strict=False):
-            parts["training"] += figure_html(chart.svg, caption)
+        for chart in learning_charts(pictures.logs):
+            parts["training"] += figure_html(chart.svg, chart.caption)
     parts["images"] = ""
     for title, file in pictures.panels:
         parts["images"] += panel_html(title, file)
     return parts
-
-
-LEARNING_CAPTIONS = (  # of the `learning_charts`, in their order
-    "Good: falls to the end. A student’s loss may have more terms than a member’s.",
-    "Good: level in the end. Where it still rises, more epochs would help.",
-    "Good: falls, ever more slowly. The network is finished by then and does not change.",
-)
 
 
 def confusion_html(results: dict) -> str:
@@ -3196,9 +3212,6 @@ def anomalies_sentence(results: dict) -> str:
     if not texts:
         return "There were no unknown objects to find."
     return f"Unknown objects are found best {', '.join(texts)}."
-
-
-HEAD_ENDING = "-head"  # of the name under which an uncertainty head that learns alone is logged
 
 
 def training_logs(checkpoints: Sequence[Path]) -> dict[str, list[dict]]:

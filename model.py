@@ -150,16 +150,18 @@ class DeepLabV3(nn.Module):
         The predictions have `size` (H, W), by default that of the images. Raises
         ModelError, in eval mode, where images that are not uint8 leave [0, 1].
         """
-        size = size or images.shape[-2:]
+        return self.apply_heads(self.extract_features(images), size or images.shape[-2:])
+
+    def extract_features(self, images: Tensor) -> Tensor:
+        """The decoder's features [B, 256, h/s, w/s], of images as `forward` takes them.
+
+        The output stride s is 8 or 16. Raises ModelError as `forward` does.
+        """
         if images.dtype == torch.uint8:
             images = images.float() / 255
         elif not self.training and not torch.compiler.is_compiling():
             # This waits for a GPU. This project's own images are uint8, which need no look.
             check_range(images)
-        return self.apply_heads(self.extract_features(images), size)
-
-    def extract_features(self, images: Tensor) -> Tensor:
-        """The decoder's features [B, 256, h/s, w/s] of float images; output stride s 8 or 16."""
         normalised = (images - self.rgb_mean) / self.rgb_std
         features = self.backbone(normalised)  # [B, channels, h/s, w/s]
         for layer in self.classifier[:-1]:

@@ -177,19 +177,15 @@ def load_segmentation(
 ) -> tuple[nn.Module, dict]:
     """The network of "confidence", in place of `distill.train_segmentation`."""
     finished = path.with_name(f"confidence-{seed_of(path)}.pt")
-    checkpoint = torch.load(finished, weights_only=True)
-    weights = {}
-    for key, value in checkpoint["model"].items():
-        if not key.startswith("uncertainty."):
-            weights[key] = value
-    student = distill.build_network(flags, flags.seed, lessons.num_classes)
-    student.load_state_dict(weights)
-    return student, checkpoint["metrics"]
+    checkpoint = model.read_checkpoint(finished)
+    # Its head gives way to the new ones in `distill.train_head`.
+    network = model.build_model(checkpoint, finished).to(flags.device)
+    return network, checkpoint["metrics"]
 
 
 def split_heads(path: Path) -> None:
     """A checkpoint for every head of the student of `ManyHeads` at `path`."""
-    checkpoint = torch.load(path, weights_only=True)
+    checkpoint = model.read_checkpoint(path)
     for number, name in enumerate(ALONE):
         prefix = f"uncertainty.heads.{number}."
         weights = {}
@@ -294,7 +290,7 @@ class Study:
         return json.loads(file.read_text())
 
     def trainings(self) -> list[tuple[str, str, int]]:
-        """(ensemble, variant, seed) of each student, seed by seed, the cheapest answers first."""
+        """(ensemble, variant, seed) of each student, seed by seed."""
         waiting = []
         for seed in range(self.seeds):
             waiting += [("members", variant, seed) for variant in self.variants]

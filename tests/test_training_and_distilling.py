@@ -579,22 +579,23 @@ def test_kept_features_are_the_networks_and_do_not_depend_on_the_batch():
     labels = torch.zeros(3, 32, 48, dtype=torch.uint8)
     index, view = torch.tensor([4, 1, 0]), torch.tensor([0, 0, 1])
     batch = Sample(images, labels, index, view, torch.tensor([False, True, False]))
-    kept = distill.KeptFeatures(network)
+    kept = distill.KeptFeatures()
     with torch.inference_mode():
         expected = network(images)
         found = distill.predict_frozen(network, batch, kept)
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.uncertainty, expected.uncertainty, rtol=1e-4, atol=1e-5)
 
-    features = kept.for_batch(batch)
+    features = kept.for_batch(network, batch)
     passes = []
     network.backbone.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
-    assert torch.equal(distill.KeptFeatures(network).for_batch(batch), features)
+    assert torch.equal(distill.KeptFeatures().for_batch(network, batch), features)
     assert passes == [1, 1, 1]  # each alone, so that no neighbour changes a bit
     black = batch._replace(images=torch.zeros_like(images))
-    assert torch.equal(kept.for_batch(black), features) and len(passes) == 3  # they were kept
+    assert torch.equal(kept.for_batch(network, black), features)
+    assert len(passes) == 3  # they were kept
     mirrored = black._replace(flip=~batch.flip)
-    assert not torch.equal(kept.for_batch(mirrored), features)
+    assert not torch.equal(kept.for_batch(network, mirrored), features)
 
 
 @pytest.mark.parametrize("views, head_epochs, megabytes, kept", [
@@ -617,6 +618,9 @@ def test_features_are_kept_where_views_come_again_and_there_is_room(
     assert (features is not None) == kept
     for other in (flags._replace(device=torch.device("cuda")), flags._replace(compile=True)):
         assert distill.keep_features(network, lessons, other, distillation) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "get_world_size", lambda: 2)
+        assert distill.keep_features(network, lessons, flags, distillation) is None
     # twice, five views, 256 channels, 2 x 3, four bytes
     assert ("features: 0.1 MB in memory" in capsys.readouterr().out) == kept
 
