@@ -3,7 +3,7 @@
     python tests/benchmarks.py                    # all sections
     python tests/benchmarks.py loader metrics     # some of them
 
-Outline, a section each: loader, teacher, distill, inference, train, metrics, gpu.
+Outline, a section each: loader, teacher, distill, inference, heads, train, metrics, gpu.
 
 Not collected by pytest. Each section prints a table. Project and published way run in one process
 and take turns; times are medians. Figures hold for one machine and its state: compare only what one
@@ -46,7 +46,7 @@ import evaluate
 import metrics
 import train_ensemble
 from model import (
-    HEADS,
+    BACKBONES,
     DeepLabV3,
     Ensemble,
     autocast,
@@ -473,30 +473,51 @@ def bench_distill(args: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------ inference
 
+NUM_CLASSES = 19
 
-def bench_inference(args: argparse.Namespace) -> None:
-    """A member, the teacher of 10 and the student of four measures, as --benchmark has them; then
-    the uncertainty heads."""
+
+class Passes(NamedTuple):
+    """What a forward pass is measured on."""
+
+    device: torch.device
+    backbone: str
+    image: Tensor  # uint8 [3, H, W]
+    settings: evaluate.InferenceSettings
+
+
+def choose_passes(args: argparse.Namespace) -> Passes:
     device = torch.device(args.device)
     if device.type == "cuda":
         height, width = 768, 768
         batch_size = 16
-        backbone = "resnet101"
+        backbone = args.backbone or "resnet101"
     else:
         height, width = 256, 512
         batch_size = 1
-        backbone = "resnet18"
+        backbone = args.backbone or "resnet18"
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    settings = evaluate.InferenceSettings(device, choose_amp("auto", device), batch_size)
+    return Passes(device, backbone, image, settings)
+
+
+def title_of(passes: Passes) -> str:
+    height, width = passes.image.shape[-2:]
+    return f"{passes.settings.batch_size} of {height} x {width}, {passes.backbone}"
+
+
+def bench_inference(args: argparse.Namespace) -> None:
+    """A member, the teacher of 10 and the student of four measures, as --benchmark has them."""
+    passes = choose_passes(args)
+    device = passes.device
     torch.manual_seed(0)
-    members = [DeepLabV3(backbone, 19).eval() for _ in range(10)]
-    student = DeepLabV3(backbone, 19, tuple(metrics.MEASURES)).eval()
+    members = [DeepLabV3(passes.backbone, NUM_CLASSES).eval() for _ in range(10)]
+    student = DeepLabV3(passes.backbone, NUM_CLASSES, tuple(metrics.MEASURES)).eval()
     teacher = Ensemble(members)
     student.to(device, memory_format=torch.channels_last)
     teacher.to(device, memory_format=torch.channels_last)
     networks = evaluate.Networks(student=student, teacher=teacher)
 
-    image = torch.zeros(3, height, width, dtype=torch.uint8)
-    inference = evaluate.InferenceSettings(device, choose_amp("auto", device), batch_size)
-    figures = evaluate.benchmark(networks, image, inference)
+    figures = evaluate.benchmark(networks, passes.image, passes.settings)
     member = figures["member"]
     rows = []
     for name, costs in figures.items():
@@ -507,21 +528,28 @@ def bench_inference(args: argparse.Namespace) -> None:
         row.append(costs["peak_memory_mb"])
         rows.append(row)
     header = ["", "M parameters", "ms per image", "of a member", "compiled", "of a member"]
-    title = f"inference: {batch_size} of {height} x {width}, {backbone}, 19 classes"
-    print_table(title, [*header, "peak MB"], rows)
+    print_table(f"inference: {title_of(passes)}", [*header, "peak MB"], rows)
     if device.type == "cuda":
         print_share("a forward pass", member["compiled_ms_per_image"] / 1000, 1.9)
 
-    # ---- every uncertainty head beside a member, in turns
-    networks = {"member": members[0]}
-    for head in HEADS:
-        student = DeepLabV3(backbone, 19, tuple(metrics.MEASURES), head=head).eval()
-        networks[head] = student.to(device, memory_format=torch.channels_last)
-    images = image[None].repeat(batch_size, 1, 1, 1).to(device)
+
+# ------------------------------------------------------------------ heads
+
+
+def bench_heads(args: argparse.Namespace) -> None:
+    """A member, and a student with each uncertainty head and all that it learns by default."""
+    passes = choose_passes(args)
+    torch.manual_seed(0)
+    networks = {"member": DeepLabV3(passes.backbone, NUM_CLASSES).eval()}
+    for head, measures in distill.DEFAULT_TARGETS.items():
+        networks[head] = DeepLabV3(passes.backbone, NUM_CLASSES, measures, head=head).eval()
+    for network in networks.values():
+        network.to(passes.device, memory_format=torch.channels_last)
+    images = passes.image[None].repeat(passes.settings.batch_size, 1, 1, 1).to(passes.device)
     compiled = {name: torch.compile(network) for name, network in networks.items()}
     with torch.inference_mode():
-        eager_costs = evaluate.cost_of_passes(networks, images, inference)
-        compiled_costs = evaluate.cost_of_passes(compiled, images, inference)
+        eager_costs = evaluate.cost_of_passes(networks, images, passes.settings)
+        compiled_costs = evaluate.cost_of_passes(compiled, images, passes.settings)
     rows = []
     for name in networks:
         row = [name]
@@ -531,7 +559,7 @@ def bench_inference(args: argparse.Namespace) -> None:
             row.append(f"{milliseconds / costs['member']['ms_per_image']:.3f}")
         rows.append(row)
     header = ["head", "ms per image", "of a member", "compiled", "of a member"]
-    print_table("uncertainty heads of four measures", header, rows)
+    print_table(f"uncertainty heads: {title_of(passes)}", header, rows)
 
 
 # ------------------------------------------------------------------ train
@@ -760,7 +788,6 @@ def bench_metrics(args: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------ gpu
 
-NUM_CLASSES = 19
 # Of the paper's ten: each costs the same forward pass more, and the run has to end in minutes.
 TEACHER_MEMBERS = 2
 WARM_UP_STEPS = 3
@@ -1254,6 +1281,7 @@ SECTIONS = {
     "teacher": bench_teacher,
     "distill": bench_distill,
     "inference": bench_inference,
+    "heads": bench_heads,
     "train": bench_train,
     "metrics": bench_metrics,
     "gpu": bench_gpu,
@@ -1264,6 +1292,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--images", type=int, default=500, help="frames (metrics): time grows so")
+    parser.add_argument(
+        "--backbone",
+        choices=BACKBONES,
+        help="of inference, heads (resnet101 on a GPU, else resnet18)",
+    )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help=f"default here: {default}")
     return parser
