@@ -71,10 +71,9 @@ from evaluate import (
     validate,
     warn,
 )
-from metrics import MEASURES, ensemble_measures
+from metrics import ERROR, MEASURES, ensemble_measures
 from model import (
     BACKBONES,
-    ERROR,
     HEADS,
     DeepLabV3,
     Ensemble,

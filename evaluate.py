@@ -70,9 +70,8 @@ from torch.utils.data import DataLoader, Dataset
 import data
 import metrics
 import model
-from metrics import FREE_SCORES, MEASURES
+from metrics import ERROR, FREE_SCORES, MEASURES
 from model import (
-    ERROR,
     RGB,
     UsageError,
     autocast,
@@ -3175,7 +3174,7 @@ def errors_sentence(results: dict) -> str:
         return text + "."
 
     best = min(learned, key=lambda key: learned[key]["value"])
-    # `ERROR` is learned from the labels, not distilled.
+    # `metrics.ERROR` is learned from the labels, not distilled.
     outcome = {
         "yes": "learning it paid",
         "no": "learning a score did not pay",

@@ -216,6 +216,12 @@ MEASURES: dict[str, Measure] = {
 }
 
 
+# What a student can learn beside its teacher's measures: the probability that its own
+# class is wrong, in 0..1. No teacher can be asked for it, so it is no entry of
+# `MEASURES`.
+ERROR = "error"
+
+
 def ensemble_measures(prediction: Any, names: Iterable[str]) -> dict[str, Tensor]:
     """The named `MEASURES` of an ensemble's prediction, in that order, each [B, H, W].
 

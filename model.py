@@ -140,7 +140,7 @@ class DeepLabV3(nn.Module):
         Raises ModelError at an unknown head.
         """
         weight = self.classifier[-1].weight  # [C, channels, 1, 1]
-        new_head = build_head(head, weight.shape[1], measures)
+        new_head = build_head(head, weight.shape[1], len(measures))
         self.uncertainty = new_head.to(weight.device)
         self.measures = tuple(measures)
 
@@ -299,23 +299,18 @@ def dilate_last_stage(stage: nn.Sequential) -> None:
 
 HEADS = ("confidence", "paper")
 
-# What a student can learn beside its teacher's measures: the probability that its own
-# class is wrong, in 0..1. No teacher can be asked for it, so it is no entry of
-# `metrics.MEASURES`. Among a student's measures it is the last.
-ERROR = "error"
 
-
-def build_head(name: str, channels: int, measures: tuple[str, ...]) -> nn.Module:
+def build_head(name: str, channels: int, num_measures: int) -> nn.Module:
     """The uncertainty head of that name, for features of so many channels.
 
     A head takes the decoder's features [B, channels, h, w] and the logits [B, C, H, W],
-    and returns the uncertainties [B, T, H, W] in (0, 1), one for each of the measures.
-    Raises ModelError at an unknown name.
+    and returns the uncertainties [B, T, H, W] in (0, 1). Raises ModelError at an
+    unknown name.
     """
     if name == "paper":
-        return PaperHead(channels, len(measures))
+        return PaperHead(channels, num_measures)
     if name == "confidence":
-        return ConfidenceHead(channels, measures)
+        return ConfidenceHead(channels, num_measures)
     raise ModelError(f"unknown uncertainty head {name!r}; choose one of {', '.join(HEADS)}")
 
 
@@ -350,10 +345,6 @@ class ConfidenceHead(nn.Module):
     because the softmax is taken after the upsampling. a_t and the weights b_t are
     predicted for every place by a small stack of convolutions of the features.
 
-    Of `ERROR` the two weights b are learned numbers, the same everywhere. Its target,
-    right or wrong, says less of a pixel than a teacher's measure does, and weights by
-    place learn the training images' own mistakes by heart.
-
     Neither z nor the features pass a gradient back: the head learns to judge the
     network and does not change it, so the segmentation is what it would be without.
     """
@@ -363,38 +354,26 @@ class ConfidenceHead(nn.Module):
     START_OF_WEIGHTS = 0.25  # of b
     SMALLEST = 1e-5  # log-odds are of numbers in [SMALLEST, 1 - SMALLEST], so at most 11.5
 
-    def __init__(self, channels: int, measures: tuple[str, ...]):
+    def __init__(self, channels: int, num_measures: int):
         super().__init__()
-        self.num_measures = len(measures)  # T
-        self.num_of_teacher = len([name for name in measures if name != ERROR])
-        self.learns_error = ERROR in measures
-        outputs = self.num_measures + 2 * self.num_of_teacher  # a, b_1 and b_2
         self.stack = nn.Sequential(
             nn.Conv2d(channels, self.WIDTH, kernel_size=3, padding=1),
             nn.GELU(),
             nn.Conv2d(self.WIDTH, self.WIDTH, kernel_size=3, padding=1),
             nn.GELU(),
-            nn.Conv2d(self.WIDTH, outputs, kernel_size=1),
+            nn.Conv2d(self.WIDTH, 3 * num_measures, kernel_size=1),  # a, b_1 and b_2
         )
         last = self.stack[-1]
         nn.init.normal_(last.weight, std=0.01)
-        nn.init.constant_(last.bias[: self.num_measures], self.START)
-        nn.init.constant_(last.bias[self.num_measures :], self.START_OF_WEIGHTS)
-        if self.learns_error:
-            self.weights_of_error = nn.Parameter(torch.full((2,), self.START_OF_WEIGHTS))
+        nn.init.constant_(last.bias[:num_measures], self.START)
+        nn.init.constant_(last.bias[num_measures:], self.START_OF_WEIGHTS)
 
     def forward(self, features: Tensor, logits: Tensor) -> Tensor:
         """[B, channels, h, w] and [B, C, H, W] -> [B, T, H, W] in (0, 1)."""
-        predicted = upsample(self.stack(features.detach()), logits.shape[-2:])
-        of_teacher = self.num_of_teacher
-        a, first_b, second_b = predicted.split([self.num_measures, of_teacher, of_teacher], dim=1)
+        predicted = upsample(self.stack(features.detach()), logits.shape[-2:])  # [B, 3T, H, W]
+        a, first_b, second_b = predicted.chunk(3, dim=1)  # [B, T, H, W] each
         z = self.log_odds(logits.detach())  # [B, 2, H, W]
-        u = a[:, :of_teacher] + first_b * z[:, :1] + second_b * z[:, 1:]  # log-odds
-        if self.learns_error:
-            first_weight, second_weight = self.weights_of_error
-            error = a[:, of_teacher:] + first_weight * z[:, :1] + second_weight * z[:, 1:]
-            u = torch.cat([u, error], dim=1)
-        return u.sigmoid()
+        return (a + first_b * z[:, :1] + second_b * z[:, 1:]).sigmoid()
 
     @classmethod
     def log_odds(cls, logits: Tensor) -> Tensor:
@@ -806,7 +785,7 @@ def build_model(checkpoint: dict, path: str | Path) -> DeepLabV3:
     Raises ModelError where the weights do not fit the configuration.
     """
     config = checkpoint["config"]
-    if has_older_head(config, checkpoint["model"]):
+    if "uncertainty.from_confidence.weight" in checkpoint["model"]:
         raise ModelError(
             f"{path} was written by another version of this program, whose confidence head was "
             "another; use it with that version, or distil it anew"
@@ -829,14 +808,6 @@ def build_model(checkpoint: dict, path: str | Path) -> DeepLabV3:
     network.palette = tuple(tuple(colour) for colour in config.get("palette", ()))
     network.image_size = trained_size(checkpoint)
     return network.eval()
-
-
-def has_older_head(config: dict, weights: dict[str, Tensor]) -> bool:
-    """Whether the weights are of a `ConfidenceHead` as it was before, which had other layers."""
-    learns_error = config.get("head") == "confidence" and ERROR in config["measures"]
-    return "uncertainty.from_confidence.weight" in weights or (
-        learns_error and "uncertainty.weights_of_error" not in weights
-    )
 
 
 def trained_size(checkpoint: dict) -> Size | None:

@@ -39,31 +39,22 @@ from model import ConfidenceHead, upsample  # noqa: E402
 # ------------------------------------------------------------------ what is compared
 
 
-class PlaceHead(ConfidenceHead):
-    """A `ConfidenceHead` that predicts the weights b for every place, those of `ERROR` too."""
-
-    def __init__(self, channels: int, measures: tuple[str, ...]):
-        names_without_error = tuple(f"measure {number}" for number in range(len(measures)))
-        super().__init__(channels, names_without_error)
-
-
-class OffsetHead(PlaceHead):
+class OffsetHead(ConfidenceHead):
     """A `ConfidenceHead` whose weights b are two numbers a measure, the same everywhere."""
 
     hidden_layers = 2
 
-    def __init__(self, channels: int, measures: tuple[str, ...]):
-        super().__init__(channels, measures)
-        layers = list(self.stack[:-1])
-        width = self.WIDTH
+    def __init__(self, channels: int, num_measures: int):
+        super().__init__(channels, num_measures)
+        layers = list(self.stack)
         if self.hidden_layers == 0:
-            layers = []
-            width = channels
-        last = nn.Conv2d(width, len(measures), kernel_size=1)
+            layers = [nn.Conv2d(channels, 3 * num_measures, kernel_size=1)]
+        before = layers.pop()
+        last = nn.Conv2d(before.in_channels, num_measures, kernel_size=1)
         nn.init.normal_(last.weight, std=0.01)
         nn.init.constant_(last.bias, self.START)
         self.stack = nn.Sequential(*layers, last)  # a
-        self.weights = nn.Conv2d(2, len(measures), kernel_size=1, bias=False)  # b
+        self.weights = nn.Conv2d(2, num_measures, kernel_size=1, bias=False)  # b
         nn.init.constant_(self.weights.weight, self.START_OF_WEIGHTS)
 
     def forward(self, features: Tensor, logits: Tensor) -> Tensor:
@@ -92,7 +83,6 @@ class Alone(NamedTuple):
 ALONE = {
     "b everywhere the same, 1x1": Alone(FlatHead),
     "b everywhere the same": Alone(OffsetHead),
-    "b by place": Alone(PlaceHead),
     "confidence, twice as wide": Alone(WideHead),
     "confidence, log loss": Alone(ConfidenceHead, in_logarithms=True),
 }
@@ -129,7 +119,7 @@ class ManyHeads(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        heads = [variant.head(channels, MEASURES) for variant in ALONE.values()]
+        heads = [variant.head(channels, len(MEASURES)) for variant in ALONE.values()]
         self.heads = nn.ModuleList(heads)
 
     def forward(self, features: Tensor, logits: Tensor) -> Tensor:
@@ -139,13 +129,13 @@ class ManyHeads(nn.Module):
 project_build_head = model.build_head
 
 
-def build_head(name: str, channels: int, measures: tuple[str, ...]) -> nn.Module:
+def build_head(name: str, channels: int, num_measures: int) -> nn.Module:
     """`model.build_head` that also knows "many" and the variants of `ALONE` by their names."""
     if name == "many":
         return ManyHeads(channels)
     if name in ALONE:
-        return ALONE[name].head(channels, measures)
-    return project_build_head(name, channels, measures)
+        return ALONE[name].head(channels, num_measures)
+    return project_build_head(name, channels, num_measures)
 
 
 def many_losses(

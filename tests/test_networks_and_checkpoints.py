@@ -161,7 +161,7 @@ def test_every_head_predicts_a_channel_a_measure(head):
 
 
 def test_the_papers_head_is_a_convolution_and_a_sigmoid():
-    head = build_head("paper", 8, ("std", "entropy"))
+    head = build_head("paper", 8, 2)
     features = torch.randn(2, 8, 3, 4)
     a = F.conv2d(features, head.weight, head.bias)
     assert torch.equal(head(features, torch.zeros(2, 5, 12, 16)), upsample(a, (12, 16)).sigmoid())
@@ -169,35 +169,28 @@ def test_the_papers_head_is_a_convolution_and_a_sigmoid():
     assert head.bias.sigmoid().tolist() == pytest.approx([0.047] * 2, abs=1e-3)
 
 
-@pytest.mark.parametrize("measures", [("std", "entropy", "error"), ("std", "msp")])
-def test_the_confidence_head_equals_its_definition(measures):
+def test_the_confidence_head_equals_its_definition():
     torch.manual_seed(0)
     features = torch.randn(2, 8, 3, 4)
     logits = 4 * torch.randn(2, 5, 12, 16)
     logits[0, 0, 0] = 1000.0  # certain: 1 - max softmax is 0
     logits[1, :, 0] = 0.0  # the entropy is log C
-    head = build_head("confidence", 8, measures)
+    head = build_head("confidence", 8, 3)
     torch.nn.init.normal_(head.stack[-1].weight)  # so that the weights differ by place
-    if "error" in measures:
-        head.weights_of_error.data = torch.tensor([0.7, -0.4])
 
     p = logits.double().softmax(1)
     entropy = torch.special.entr(p).sum(1) / math.log(5)
     z = torch.stack([1 - p.amax(1), entropy], 1).clamp(1e-5, 1 - 1e-5)
     z = (z / (1 - z)).log()
-    predicted = upsample(head.stack(features), (12, 16)).double()
-    a = predicted[:, : len(measures)]
-    b = predicted[:, len(measures) :].unflatten(1, (2, 2))  # [B, 2, measures of a teacher, H, W]
-    if "error" in measures:
-        of_error = head.weights_of_error.double().view(1, 2, 1, 1, 1).expand(2, 2, 1, 12, 16)
-        b = torch.cat([b, of_error], dim=2)
+    predicted = upsample(head.stack(features), (12, 16)).double()  # [B, 3 T, H, W]
+    a, b = predicted[:, :3], predicted[:, 3:].unflatten(1, (2, 3))  # b [B, 2, T, H, W]
     expected = (a + torch.einsum("bkthw,bkhw->bthw", b, z)).sigmoid()
     # near 1e-5 the float32 of 1 - max softmax is good to half a percent
     torch.testing.assert_close(head(features, logits).double(), expected, rtol=5e-3, atol=1e-6)
 
 
 def test_the_confidence_head_starts_near_the_networks_own_doubt():
-    head = build_head("confidence", 8, ("std",))
+    head = build_head("confidence", 8, 1)
     even = head(torch.zeros(1, 8, 3, 4), torch.zeros(1, 2, 12, 16))  # p = 1/2 each
     assert even.mean().item() == pytest.approx(1 / (1 + math.exp(1.5 - 0.25 * 11.5)), abs=0.01)
     assert [type(layer).__name__ for layer in head.stack] == [
@@ -283,17 +276,14 @@ def test_a_checkpoint_says_which_head_it_has(tmp_path):
         load_model(tmp_path / "s.pt")
 
 
-@pytest.mark.parametrize("version", ["weights from the softmax", "weights by place"])
-def test_a_confidence_head_of_another_version_is_refused_in_one_line(tmp_path, version):
-    network = DeepLabV3("resnet18", 3, ("std", "error"), head="confidence")
+def test_a_confidence_head_of_another_version_is_refused_in_one_line(tmp_path):
+    network = DeepLabV3("resnet18", 3, ("std",), head="confidence")
     weights = network.state_dict()
-    del weights["uncertainty.weights_of_error"]
-    if version == "weights from the softmax":
-        weights["uncertainty.from_confidence.weight"] = torch.zeros(2, 2, 1, 1)
-    else:
-        weights["uncertainty.stack.4.weight"] = torch.zeros(6, 64, 1, 1)
-        weights["uncertainty.stack.4.bias"] = torch.zeros(6)
-    entries = config(measures=["std", "error"], head="confidence")
+    for name in list(weights):
+        if name.startswith("uncertainty.stack"):
+            weights[name.replace("stack", "from_features")] = weights.pop(name)
+    weights["uncertainty.from_confidence.weight"] = torch.zeros(1, 2, 1, 1)
+    entries = config(measures=["std"], head="confidence")
     save_atomically(tmp_path / "s.pt", {"model": weights, "config": entries, "args": {}})
     with pytest.raises(ModelError, match=r"s\.pt was written by another version") as refusal:
         load_model(tmp_path / "s.pt")
