@@ -776,16 +776,16 @@ def load_state(
             f"{path} was begun with {images_before} training images, now there are "
             f"{training_images}; restore them, or use --overwrite to start anew"
         )
-    another_version = UsageError(
+    of_another_version = (
         f"{path} was written by another version of this program; finish it with that one, or "
         "use --overwrite to start anew"
     )
     if "best_weights" not in saved:
-        raise another_version
+        raise UsageError(of_another_version)
     try:
         model.load_state_dict(saved["model"])
-    except RuntimeError as error:  # its network has other layers
-        raise another_version from error
+    except RuntimeError as error:  # that version's network has other layers
+        raise UsageError(of_another_version) from error
     optimizer.load_state_dict(saved["optimizer"])
     if flags.amp == "fp16" and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])

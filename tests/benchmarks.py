@@ -57,6 +57,8 @@ from model import (
     upsample,
 )
 
+NUM_CLASSES = 19  # of Cityscapes
+
 # ------------------------------------------------------------------ measuring
 
 
@@ -282,7 +284,7 @@ def bench_teacher(args: argparse.Namespace) -> None:
     generator = torch.Generator(device).manual_seed(0)
     logits = []
     for _ in range(10):
-        noise = torch.randn(1, 19, 768, 768, device=device, generator=generator)
+        noise = torch.randn(1, NUM_CLASSES, 768, 768, device=device, generator=generator)
         logits.append(4 * noise)
     ways = {
         "published": lambda: published_statistics(logits),
@@ -473,8 +475,6 @@ def bench_distill(args: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------ inference
 
-NUM_CLASSES = 19
-
 
 class Passes(NamedTuple):
     """What a forward pass is measured on."""
@@ -486,6 +486,7 @@ class Passes(NamedTuple):
 
 
 def choose_passes(args: argparse.Namespace) -> Passes:
+    """The paper's crops on a GPU; on a CPU what takes seconds."""
     device = torch.device(args.device)
     if device.type == "cuda":
         height, width = 768, 768
@@ -502,7 +503,8 @@ def choose_passes(args: argparse.Namespace) -> Passes:
 
 def title_of(passes: Passes) -> str:
     height, width = passes.image.shape[-2:]
-    return f"{passes.settings.batch_size} of {height} x {width}, {passes.backbone}"
+    images = f"{passes.settings.batch_size} of {height} x {width}"
+    return f"{images}, {passes.backbone}, {NUM_CLASSES} classes"
 
 
 def bench_inference(args: argparse.Namespace) -> None:
@@ -586,7 +588,7 @@ class TrainingSteps:
         shape = (self.batch_size, *self.size)
         image_shape = (self.batch_size, 3, *self.size)
         self.images = torch.randint(0, 256, image_shape, dtype=torch.uint8, device=device)
-        self.labels = torch.randint(0, 19, shape, dtype=torch.uint8, device=device)
+        self.labels = torch.randint(0, NUM_CLASSES, shape, dtype=torch.uint8, device=device)
         self.target = torch.rand(shape, device=device) / 2
 
     def build(
@@ -600,7 +602,9 @@ class TrainingSteps:
         """A function that makes a step of a network of its own and returns the loss."""
         layout = torch.channels_last if channels_last else torch.contiguous_format
         torch.manual_seed(0)
-        network = DeepLabV3(self.backbone, 19, ("std",)).to(self.device, memory_format=layout)
+        network = DeepLabV3(self.backbone, NUM_CLASSES, ("std",)).to(
+            self.device, memory_format=layout
+        )
         optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, fused=fused)
         forward = torch.compile(network) if compiled else network
 
@@ -740,7 +744,7 @@ def component_seconds(frame: dict[str, Tensor]) -> float:
 
 def bench_metrics(args: argparse.Namespace) -> None:
     """All accumulators over --images frames, against the forward pass of the same frame."""
-    num_classes = 19
+    num_classes = NUM_CLASSES
     device = torch.device(args.device)
     frames = [metrics_frame(seed, num_classes, device) for seed in range(2)]
     uncertainty_arguments = ("student", "prediction", "labels")
