@@ -2442,7 +2442,7 @@ class EvaluationAnomalies(Dataset):
 # downloaded, and the unknown objects that are pasted into images. Nothing above needs
 # to know how they are drawn.
 
-SYNTHETIC_SPLITS = {"train": 240, "val": 48, "ood": 48}  # images of each
+SYNTHETIC_SPLITS = {"train": 200, "val": 48, "ood": 48}  # images of each
 SYNTHETIC_SIZE = (80, 120)  # height, width
 
 

@@ -879,7 +879,6 @@ INHERITED = (
     "crop_size",
     "hold_out",
     "batch_size",
-    "lr",
     "head_lr_mult",
     "weight_decay",
     "warmup",
@@ -896,9 +895,11 @@ def inherit_from_teacher(command: dict, checkpoint: dict) -> dict:
     """
     flags = dict(command)
     trained = checkpoint["args"]
+    recipe = RECIPES[trained["dataset"]]
     if flags["epochs"] is None:
-        factor = RECIPES[trained["dataset"]]["student_epochs_factor"]
-        flags["epochs"] = int(factor * trained["epochs"])
+        flags["epochs"] = int(recipe["student_epochs_factor"] * trained["epochs"])
+    if flags["lr"] is None:
+        flags["lr"] = recipe["student_lr_factor"] * trained["lr"]
 
     if flags["val"] is not None and trained.get("val") not in (None, flags["val"]):
         raise UsageError(
@@ -1052,6 +1053,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line: the teacher, how it is learned from, and the training flags."""
     student_defaults = {
         "student_epochs_factor": "epochs, times a member's",
+        "student_lr_factor": "lr, times a member's",
         "views": "views",
         "distill_probs": "distill-probs",
         "head_epochs": "head-epochs",

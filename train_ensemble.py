@@ -113,6 +113,7 @@ PRETRAINED = dict(
     scale=(0.5, 2.0),  # a view is resized by a factor from this range
     # for the student alone:
     student_epochs_factor=1,  # its epochs, as a multiple of a member's
+    student_lr_factor=1.0,  # its learning rate, likewise
     jitter=0.0,  # strength of the colour jitter
     views=5,  # views of an image whose teacher targets are kept
     distill_probs=1.0,  # weight of the teacher's probabilities
@@ -126,7 +127,7 @@ RECIPES = {
         epochs=1,
         batch_size=4,
         crop_size=(80, 120),
-        lr=0.1,
+        lr=0.2,
         head_lr_mult=1.0,
         weight_decay=5e-4,
         warmup=10,
@@ -134,9 +135,10 @@ RECIPES = {
         jitter=0.0,
         views=1,
         student_epochs_factor=3,
+        student_lr_factor=0.5,
         # With 0 the student segments better and agrees less with its teacher (docs/RESULTS.md).
         distill_probs=0.2,
-        head_epochs=24,
+        head_epochs=16,
         uncertainty_weight=2.0,
     ),
     "camvid": PRETRAINED | dict(crop_size=(360, 480)),
