@@ -772,6 +772,14 @@ def test_student_inherits_from_its_teacher(trained):
     )
     assert {"torch", "torchvision", "numpy", "commit", "hardware"} <= set(student["versions"])
 
+    # of the drawn scenes, a multiple of the epochs and of the learning rate
+    drawn = member["args"] | {"dataset": "synthetic", "data": None, "epochs": 2, "lr": 0.1}
+    flags = vars(distill.get_args_parser().parse_args([]))
+    student_flags = distill.inherit_from_teacher(flags, {"args": drawn})
+    recipe = train_ensemble.RECIPES["synthetic"]
+    assert student_flags["epochs"] == 2 * recipe["student_epochs_factor"] != 2
+    assert student_flags["lr"] == 0.1 * recipe["student_lr_factor"] != 0.1
+
 
 def test_a_checkpoint_says_how_its_network_normalises(trained, tmp_path):
     checkpoint = read_checkpoint(trained[1] / "student.pt")
