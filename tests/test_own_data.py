@@ -501,6 +501,7 @@ def test_help_has_the_defaults_of_flags_and_recipes(module):
     words = " ".join(recipes.split())
     if module is train_ensemble:
         assert "crop-size 80 120 360 480 768 768 512 512 512 512" in words
-        assert "lr 0.1 0.01 0.01 0.001 0.01" in words and "--lr 0.05" in words
+        assert "lr 0.2 0.01 0.01 0.001 0.01" in words and "--lr 0.05" in words
     else:
         assert "views 1 5 5 5 5" in words
+        assert "lr, times a member's 0.5 1.0 1.0 1.0 1.0" in words
