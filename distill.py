@@ -890,6 +890,7 @@ INHERITED = (
 def inherit_from_teacher(command: dict, checkpoint: dict) -> dict:
     """The flags of a command; those it leaves open (None) are as the teacher was trained.
 
+    Epochs and learning rate are those of the teacher, times the factors of its data set's recipe.
     Raises UsageError where the teacher's data set has moved, or was divided otherwise than --val
     says.
     """
@@ -1136,7 +1137,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag("--backbone", choices=BACKBONES, help="(default: the teacher's)")
     flag("--hold-out", nargs="+", metavar="CLASS", help="(default: the teacher's)")
     flag("--out", type=Path, metavar="FILE", help="(default: student.pt beside the teacher)")
-    add_training_flags(parser, unset="default: the teacher's")
+    add_training_flags(
+        parser,
+        unset="default: the teacher's",
+        unset_epochs_and_lr="default: the teacher's, times the recipe's factor below",
+    )
     parser.set_defaults(split=None)  # inherited, where --help says "train"
     return parser
 

@@ -1734,10 +1734,12 @@ def recipe_help() -> str:
     )
 
 
-def add_training_flags(parser: argparse.ArgumentParser, unset: str) -> None:
+def add_training_flags(
+    parser: argparse.ArgumentParser, unset: str, unset_epochs_and_lr: str
+) -> None:
     """Flags that members and student share; None means as the recipe (or the teacher) has it.
 
-    unset: what --help says of such a default.
+    unset: what --help says of such a default. unset_epochs_and_lr: of those two.
     """
     flag = parser.add_argument_group("data").add_argument
     flag(
@@ -1802,7 +1804,11 @@ def add_training_flags(parser: argparse.ArgumentParser, unset: str) -> None:
     )
 
     flag = parser.add_argument_group("optimisation").add_argument
-    flag("--epochs", type=positive(int), help=f"passes over the training split ({unset})")
+    flag(
+        "--epochs",
+        type=positive(int),
+        help=f"passes over the training split ({unset_epochs_and_lr})",
+    )
     flag(
         "--batch-size",
         type=batch_size,
@@ -1815,7 +1821,11 @@ def add_training_flags(parser: argparse.ArgumentParser, unset: str) -> None:
         metavar="N",
         help="batches per step; batch norm sees one at a time (default: 1)",
     )
-    flag("--lr", type=positive(float), help=f"base learning rate of the backbone ({unset})")
+    flag(
+        "--lr",
+        type=positive(float),
+        help=f"base learning rate of the backbone ({unset_epochs_and_lr})",
+    )
     flag(
         "--head-lr-mult",
         type=positive(float),
@@ -1925,7 +1935,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="members trained at once, in processes that share the threads (default: 2 on a CPU, "
         "1 on a GPU)",
     )
-    add_training_flags(parser, unset="default: the recipe's, below")
+    recipes = "default: the recipe's, below"
+    add_training_flags(parser, unset=recipes, unset_epochs_and_lr=recipes)
     return parser
 
 
