@@ -1014,9 +1014,22 @@ TURNS = 13  # passes of every network, of which the first WARM_UP do not count
 WARM_UP = 3
 
 
-@torch.inference_mode()
 def benchmark(
     networks: Networks, image: Tensor, inference: InferenceSettings, with_compiled: bool = True
+) -> dict[str, dict]:
+    """`compare_costs` of "student", "teacher" and the teacher's first member, "member"."""
+    candidates = networks.by_name()
+    if networks.teacher is not None:
+        candidates["member"] = networks.teacher.members[0]
+    return compare_costs(candidates, image, inference, with_compiled)
+
+
+@torch.inference_mode()
+def compare_costs(
+    candidates: dict[str, nn.Module],
+    image: Tensor,
+    inference: InferenceSettings,
+    with_compiled: bool = True,
 ) -> dict[str, dict]:
     """Cost of a forward pass from uint8 pixels to class and uncertainty, for each network.
 
@@ -1027,9 +1040,6 @@ def benchmark(
     on.
     """
     images = image[None].repeat(inference.batch_size, 1, 1, 1).to(inference.device)
-    candidates = networks.by_name()
-    if networks.teacher is not None:
-        candidates["member"] = networks.teacher.members[0]
     results = {}
     for name, network in candidates.items():
         results[name] = {

@@ -501,10 +501,22 @@ def choose_passes(args: argparse.Namespace) -> Passes:
     return Passes(device, backbone, image, settings)
 
 
-def title_of(passes: Passes) -> str:
+def print_costs_of_passes(section: str, passes: Passes, figures: dict[str, dict]) -> None:
+    """The table of what `evaluate.compare_costs` returned; one of the networks is "member"."""
+    member = figures["member"]
+    rows = []
+    for name, costs in figures.items():
+        row = [name, costs["parameters"] / 1e6]
+        for key in ("ms_per_image", "compiled_ms_per_image"):
+            row.append(costs[key])
+            row.append(f"{costs[key] / member[key]:.3f}")
+        row.append(costs["peak_memory_mb"])
+        rows.append(row)
     height, width = passes.image.shape[-2:]
     images = f"{passes.settings.batch_size} of {height} x {width}"
-    return f"{images}, {passes.backbone}, {NUM_CLASSES} classes"
+    title = f"{section}: {images}, {passes.backbone}, {NUM_CLASSES} classes"
+    header = ["", "M parameters", "ms per image", "of a member", "compiled", "of a member"]
+    print_table(title, [*header, "peak MB"], rows)
 
 
 def bench_inference(args: argparse.Namespace) -> None:
@@ -520,19 +532,9 @@ def bench_inference(args: argparse.Namespace) -> None:
     networks = evaluate.Networks(student=student, teacher=teacher)
 
     figures = evaluate.benchmark(networks, passes.image, passes.settings)
-    member = figures["member"]
-    rows = []
-    for name, costs in figures.items():
-        row = [name, costs["parameters"] / 1e6]
-        for key in ("ms_per_image", "compiled_ms_per_image"):
-            row.append(costs[key])
-            row.append(f"{costs[key] / member[key]:.3f}")
-        row.append(costs["peak_memory_mb"])
-        rows.append(row)
-    header = ["", "M parameters", "ms per image", "of a member", "compiled", "of a member"]
-    print_table(f"inference: {title_of(passes)}", [*header, "peak MB"], rows)
+    print_costs_of_passes("inference", passes, figures)
     if device.type == "cuda":
-        print_share("a forward pass", member["compiled_ms_per_image"] / 1000, 1.9)
+        print_share("a forward pass", figures["member"]["compiled_ms_per_image"] / 1000, 1.9)
 
 
 # ------------------------------------------------------------------ heads
@@ -547,21 +549,8 @@ def bench_heads(args: argparse.Namespace) -> None:
         networks[head] = DeepLabV3(passes.backbone, NUM_CLASSES, measures, head=head).eval()
     for network in networks.values():
         network.to(passes.device, memory_format=torch.channels_last)
-    images = passes.image[None].repeat(passes.settings.batch_size, 1, 1, 1).to(passes.device)
-    compiled = {name: torch.compile(network) for name, network in networks.items()}
-    with torch.inference_mode():
-        eager_costs = evaluate.cost_of_passes(networks, images, passes.settings)
-        compiled_costs = evaluate.cost_of_passes(compiled, images, passes.settings)
-    rows = []
-    for name in networks:
-        row = [name]
-        for costs in (eager_costs, compiled_costs):
-            milliseconds = costs[name]["ms_per_image"]
-            row.append(milliseconds)
-            row.append(f"{milliseconds / costs['member']['ms_per_image']:.3f}")
-        rows.append(row)
-    header = ["head", "ms per image", "of a member", "compiled", "of a member"]
-    print_table(f"uncertainty heads: {title_of(passes)}", header, rows)
+    figures = evaluate.compare_costs(networks, passes.image, passes.settings)
+    print_costs_of_passes("uncertainty heads", passes, figures)
 
 
 # ------------------------------------------------------------------ train
@@ -744,18 +733,17 @@ def component_seconds(frame: dict[str, Tensor]) -> float:
 
 def bench_metrics(args: argparse.Namespace) -> None:
     """All accumulators over --images frames, against the forward pass of the same frame."""
-    num_classes = NUM_CLASSES
     device = torch.device(args.device)
-    frames = [metrics_frame(seed, num_classes, device) for seed in range(2)]
+    frames = [metrics_frame(seed, NUM_CLASSES, device) for seed in range(2)]
     uncertainty_arguments = ("student", "prediction", "labels")
     accumulators = {
-        "ConfusionMatrix": (metrics.ConfusionMatrix(num_classes), ("prediction", "labels")),
+        "ConfusionMatrix": (metrics.ConfusionMatrix(NUM_CLASSES), ("prediction", "labels")),
         "ProperScores": (metrics.ProperScores(), ("probs", "labels")),
         "CalibrationError": (metrics.CalibrationError(), ("probs", "labels", "prediction")),
         "Detection": (metrics.Detection(), ("student", "wrong", "valid")),
         "SelectivePrediction": (metrics.SelectivePrediction(), ("student", "correct", "valid")),
-        "RejectionCurve": (metrics.RejectionCurve(num_classes), uncertainty_arguments),
-        "ClassUncertainty": (metrics.ClassUncertainty(num_classes), uncertainty_arguments),
+        "RejectionCurve": (metrics.RejectionCurve(NUM_CLASSES), uncertainty_arguments),
+        "ClassUncertainty": (metrics.ClassUncertainty(NUM_CLASSES), uncertainty_arguments),
         "Fidelity": (metrics.Fidelity(), ("student", "teacher", "valid")),
     }
 
@@ -775,14 +763,14 @@ def bench_metrics(args: argparse.Namespace) -> None:
         rows.append([name, *row])
     total = np.array([row[1:] for row in rows]).sum(0).tolist()
     rows.append(["all", *total])
-    title = f"metrics: {args.images} frames of 1024 x 2048, {num_classes} classes, {device}"
+    title = f"metrics: {args.images} frames of 1024 x 2048, {NUM_CLASSES} classes, {device}"
     header = ["accumulator", "seconds", "ms per image", "ms compute", "MB of state"]
     print_table(title, header, rows)
 
     print(
         f"components: {1000 * component_seconds(frames[0]):,.1f} ms a frame and score, one thread"
     )
-    forward = forward_seconds(num_classes, device)
+    forward = forward_seconds(NUM_CLASSES, device)
     share = total[1] / 1000 / forward
     print(
         f"DeepLabv3-ResNet101 forward {1000 * forward:,.1f} ms; "
