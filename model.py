@@ -120,9 +120,11 @@ class DeepLabV3(nn.Module):
         # DeepLabHead is a Sequential that cannot be sliced, so its layers go into a
         # list: ASPP, 3x3 convolution, batch norm, ReLU, classifier.
         self.classifier = nn.ModuleList(DeepLabHead(channels, num_classes))
-        for branch in self.classifier[0].convs:
+        branches = self.classifier[0].convs
+        for branch in branches:
             if isinstance(branch, ASPPConv):
                 branch[0] = AtrousConv2d.like(branch[0])
+        branches[-1] = GlobalPooling(*branches[-1])
 
         self.uncertainty = None
         if measures:
@@ -202,7 +204,7 @@ class AtrousConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in, h, w] -> [B, out, h, w]."""
-        if torch.compiler.is_exporting():
+        if is_exporting():
             # An exported graph has one path for all sizes.
             return super().forward(x)
         height, width = x.shape[-2:]
@@ -218,17 +220,39 @@ class AtrousConv2d(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, padding=padding, dilation=self.dilation)
 
 
+class GlobalPooling(nn.Sequential):
+    """The layers of torchvision's ASPPPooling, which see the whole image: its mean comes first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in, h, w] -> [B, out, h, w]."""
+        pooled = x
+        for layer in self:
+            pooled = layer(pooled)  # [B, out, 1, 1] after the first
+        # torchvision interpolates this one value, which gives the same; but on a GPU the
+        # gradient then adds up the h w places one after the other, in no fixed order.
+        return pooled.expand(-1, -1, *x.shape[-2:])
+
+
 class HalvingMaxPool2d(nn.MaxPool2d):
     """The maximum of each 3x3 neighbourhood, of every second row and column."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C, (h + 1) // 2, (w + 1) // 2]."""
-        if torch.compiler.is_exporting():
+        if is_exporting():
             # The oldest supported torch exports strided pooling for odd sizes or for
             # even ones, not for both. This is the same, and costs less than 1 % of a
             # network's time.
             return F.max_pool2d(x, kernel_size=3, stride=1, padding=1)[:, :, ::2, ::2]
         return super().forward(x)
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is tracing a network, as it does by default (not "strict").
+
+    torch.compiler.is_exporting alone says so to torch.compile too, up to torch 2.13: compiled
+    networks took the slower paths of exported ones.
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def check_range(images: Tensor) -> None:
@@ -248,7 +272,7 @@ def upsample(x: Tensor, size: Size) -> Tensor:
     products. Their gradients are products too, which is faster than scattering and,
     unlike that of F.interpolate on a GPU, deterministic.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         # Of an exported graph every runtime knows this operation, and no gradients are asked.
         return F.interpolate(x, size=size, mode="bilinear")
     rows = interpolation_matrix(x.shape[-2], size[0], x.device)  # [H, h]
@@ -962,6 +986,8 @@ def set_float32_precision() -> None:
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+    # The oldest supported torch.compile advises the opposite.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
 
 
 def choose_amp(amp: str, device: torch.device) -> str:

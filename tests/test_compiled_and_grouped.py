@@ -1,6 +1,7 @@
 """What a GPU or several processes need, as far as a CPU can show it: compilation, fp16, groups."""
 
 import functools
+import operator
 
 import numpy as np
 import pytest
@@ -233,6 +234,23 @@ def test_a_compiled_validation_gives_the_same_figures(tmp_path):
     assert eager.keys() == compiled.keys()
     for key, value in eager.items():
         np.testing.assert_allclose(compiled[key], value, rtol=1e-4, err_msg=key)
+
+
+def test_a_compiled_network_takes_the_paths_of_an_eager_one(monkeypatch):
+    operations = []
+
+    def note(graph, inputs):
+        operations.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compiler.reset()
+    network = DeepLabV3("resnet18", 3)
+    compiled = torch.compile(network, backend=note)
+    # As up to torch 2.13: while torch.compile traces, this is true.
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    compiled(torch.zeros(2, 3, 64, 96, dtype=torch.uint8))
+    torch.compiler.reset()
+    assert operations.count(operator.matmul) == 2  # logits are upsampled by two products
 
 
 # ------------------------------------------------------------------------------ memory

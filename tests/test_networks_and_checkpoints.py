@@ -15,6 +15,7 @@ from model import (
     AtrousConv2d,
     DeepLabV3,
     Ensemble,
+    GlobalPooling,
     ModelError,
     build_backbone,
     build_head,
@@ -80,6 +81,22 @@ def test_atrous_convolution_without_its_padding_taps(size):
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 3, *size, dtype=torch.float64)
     torch.testing.assert_close(ours.double()(x), theirs.double()(x), rtol=1e-10, atol=1e-12)
+
+
+def test_global_pooling_is_torchvisions():
+    theirs = torchvision.models.segmentation.deeplabv3.ASPPPooling(3, 4)
+    ours = GlobalPooling(*theirs)
+    gradients = []
+    outputs = []
+    for branch in (theirs, ours):
+        x = torch.linspace(-1, 1, 2 * 3 * 5 * 7).view(2, 3, 5, 7).requires_grad_()
+        output = branch(x)
+        (output * torch.arange(35).view(5, 7)).sum().backward()
+        outputs.append(output)
+        gradients.append(x.grad)
+    assert outputs[1].std() > 0.1 and gradients[1].abs().max() > 1e-5
+    torch.testing.assert_close(outputs[1], outputs[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 @pytest.mark.parametrize("scale", [1.0, 20.0, 200.0])
