@@ -489,6 +489,12 @@ class Run:
     state: RunState
     image_names: list[str]  # for messages
     signals: list[int]  # SIGINT, SIGTERM, SIGHUP that arrived
+    last_save: float = field(default_factory=time.monotonic)  # of the state, or the beginning
+
+
+# Seconds of training that are not worth a state of their own at the end of an epoch: one takes
+# up to half a second, which is much beside an epoch of the drawn scenes.
+LITTLE_TO_LOSE = 30
 
 
 def fit(
@@ -499,13 +505,15 @@ def fit(
     validation: Callable[[nn.Module], dict],
     flags: TrainingFlags,
     path: Path,
+    keeps_last_state: bool = False,
 ) -> tuple[dict[str, Tensor], dict]:
     """Train `model`; returns the weights to keep, on the CPU, and their epoch's log entry.
 
     loss_fn(model, batch) returns the loss and a dictionary of what to log; validation(model)
     returns what `evaluate.validate` does. Both get a compiled model with --compile. The state of
     the running training lies in `path`.state and is taken up if it is there; `path`.jsonl gets
-    one JSON line per epoch.
+    one JSON line per epoch. keeps_last_state: what the training ends with is saved too, however
+    short it was, for another one that goes on from it.
 
     Raises UsageError where the loss is not finite or the state belongs to another command;
     SystemExit 129, 130 or 143, after saving, where a signal asks for it.
@@ -534,8 +542,9 @@ def fit(
                     progress.show_validation()
                     results = validation(validated_model)
                 finish_epoch(run, results, progress, flags.select)
-            save_state(run, flags)
-            stop_if_signalled(run, flags)
+            is_due = seconds_since_save(run) > min(60 * flags.save_every, LITTLE_TO_LOSE)
+            is_due |= keeps_last_state and state.epoch == flags.epochs
+            save_if_due(run, flags, is_due)
 
     weights = model.state_dict()
     if flags.select == "best":
@@ -557,12 +566,11 @@ def train_one_epoch(
     """
     state = run.state
     device = flags.device
-    world = get_world_size()
     batches = loader.batch_sampler
     batches.epoch = state.epoch
     batches.start = state.batch
     steps_per_epoch = math.ceil(len(batches) / flags.accumulate)
-    last_save = time.monotonic()
+    world = get_world_size()
 
     run.model.train()
     for batch in loader:
@@ -607,18 +615,10 @@ def train_one_epoch(
         progress.show(state, run.optimizer.param_groups[0]["lr"])
 
         # ---- save now and then
-        save_is_due = bool(run.signals) or time.monotonic() - last_save > 60 * flags.save_every
-        if world == 1:
-            save_now = save_is_due
-        else:
-            # Asking the group waits for all of it, so it is asked only where its processes have
-            # just waited for the losses: at the same step in every one of them.
-            losses_were_read = not state.unread_losses
-            save_now = losses_were_read and any_process(save_is_due, device)
-        if save_now:
-            save_state(run, flags)
-            stop_if_signalled(run, flags)
-            last_save = time.monotonic()
+        # Asking a group waits for all of it, so it is asked only where its processes have just
+        # waited for the losses: at the same step in every one of them.
+        if world == 1 or not state.unread_losses:
+            save_if_due(run, flags, seconds_since_save(run) > 60 * flags.save_every)
 
 
 @contextlib.contextmanager
@@ -736,6 +736,18 @@ def save_state(run: Run, flags: TrainingFlags) -> None:
         "training_images": len(run.image_names),
     }
     write_by_first_process(run.path.with_suffix(".state"), content)
+    run.last_save = time.monotonic()
+
+
+def seconds_since_save(run: Run) -> float:
+    return time.monotonic() - run.last_save
+
+
+def save_if_due(run: Run, flags: TrainingFlags, is_due: bool) -> None:
+    """Save the state if that is due in any process of a group; also at a signal, then end."""
+    if any_process(is_due or bool(run.signals), flags.device):
+        save_state(run, flags)
+        stop_if_signalled(run, flags)
 
 
 def stop_if_signalled(run: Run, flags: TrainingFlags) -> None:
@@ -1879,7 +1891,7 @@ def add_training_flags(
         type=positive(float),
         default=5,
         metavar="MINUTES",
-        help="how much of a running epoch a crash may lose (default: 5)",
+        help="how much of a training a crash may lose (default: 5)",
     )
     flag("--overwrite", action="store_true", help="start anew where a run is begun or finished")
 

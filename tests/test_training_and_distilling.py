@@ -485,6 +485,29 @@ def test_a_killed_distillation_ends_in_the_same_bits(trained, command, tmp_path)
     assert left == {"cut.pt", "cut.jsonl", "cut-head.jsonl"}
 
 
+def test_what_is_quickly_trained_again_gets_no_state(trained, command, tmp_path, monkeypatch):
+    folder, ckpts = trained
+    saved = []
+    original = train_ensemble.save_state
+
+    def save_state(run, flags):
+        saved.append((run.path.stem, run.state.epoch))
+        original(run, flags)
+
+    monkeypatch.setattr(train_ensemble, "save_state", save_state)
+    train = [*small(folder), "--members", 1, "--out", tmp_path]
+    assert command("train", *train)[0] == 0
+    assert saved == []
+    distill_it = ["--teacher", ckpts, "--device", "cpu", "--out", tmp_path / "student.pt"]
+    assert command("distill", *distill_it)[0] == 0
+    assert saved == [("student", 2)]  # from which its head goes on
+
+    saved.clear()
+    monkeypatch.setattr(train_ensemble, "LITTLE_TO_LOSE", 0)
+    assert command("train", *train, "--overwrite")[0] == 0
+    assert saved == [("member_00", 1), ("member_00", 2)]
+
+
 def stopped_in(loss_name, step, patch):
     """From now on a SIGTERM comes in that step, from 1, of the training with that loss."""
     original = getattr(distill, loss_name)
