@@ -672,9 +672,8 @@ def train_segmentation(
     if distillation.distill_probs == 0:
         loader = lessons.label_loader
     validation = build_validation(lessons, flags, with_uncertainty=False)
-    weights, entry = fit(
-        student, optimizer, loss_fn, loader, validation, flags, path, keeps_last_state=True
-    )
+    flags = flags._replace(keeps_last_state=True)  # for the head
+    weights, entry = fit(student, optimizer, loss_fn, loader, validation, flags, path)
     student.load_state_dict(weights)
     return student, entry
 

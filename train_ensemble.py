@@ -197,7 +197,10 @@ class TrainingFlags(NamedTuple):
     save_every: float
     overwrite: bool
     recorded: dict  # all flags of the command, as checkpoints store them
-    place: "SideBySide | None" = None  # no flag: where members are trained side by side
+    # Two that are no flags: where members are trained side by side, and whether another training
+    # goes on from what this one ends with, so that it is saved however short it was.
+    place: "SideBySide | None" = None
+    keeps_last_state: bool = False
 
 
 # What may differ between a command and the run that it continues. Of the teacher, its
@@ -505,15 +508,13 @@ def fit(
     validation: Callable[[nn.Module], dict],
     flags: TrainingFlags,
     path: Path,
-    keeps_last_state: bool = False,
 ) -> tuple[dict[str, Tensor], dict]:
     """Train `model`; returns the weights to keep, on the CPU, and their epoch's log entry.
 
     loss_fn(model, batch) returns the loss and a dictionary of what to log; validation(model)
     returns what `evaluate.validate` does. Both get a compiled model with --compile. The state of
     the running training lies in `path`.state and is taken up if it is there; `path`.jsonl gets
-    one JSON line per epoch. keeps_last_state: what the training ends with is saved too, however
-    short it was, for another one that goes on from it.
+    one JSON line per epoch.
 
     Raises UsageError where the loss is not finite or the state belongs to another command;
     SystemExit 129, 130 or 143, after saving, where a signal asks for it.
@@ -543,7 +544,7 @@ def fit(
                     results = validation(validated_model)
                 finish_epoch(run, results, progress, flags.select)
             is_due = seconds_since_save(run) > min(60 * flags.save_every, LITTLE_TO_LOSE)
-            is_due |= keeps_last_state and state.epoch == flags.epochs
+            is_due |= flags.keeps_last_state and state.epoch == flags.epochs
             save_if_due(run, flags, is_due)
 
     weights = model.state_dict()

@@ -117,6 +117,7 @@ def trained_without_a_class(tmp_path_factory):
 def flags_of(**changes):
     """`TrainingFlags` of a tiny training on the CPU, without a command line."""
     flags = {name: None for name in train_ensemble.TrainingFlags._fields}
+    flags |= train_ensemble.TrainingFlags._field_defaults
     flags |= {
         "device": torch.device("cpu"),
         "amp": "off",

@@ -107,7 +107,7 @@ ENSEMBLES = {
     "held_out": ("--image-size", "120", "160", "--epochs", "20", "--lr", "0.1")
     + ("--scale", "0.75", "1.25", "--hold-out", "bicyclist", "pedestrian"),
 }
-# What is trained of the second ensemble; it takes no part in choosing.
+# What is trained of the second ensemble.
 HELD_OUT_VARIANTS = ("published", "confidence")
 
 
