@@ -799,9 +799,9 @@ def load_state(
         raise UsageError(of_another_version)
     try:
         model.load_state_dict(saved["model"])
-    except RuntimeError as error:  # that version's network has other layers
+        optimizer.load_state_dict(saved["optimizer"])
+    except (RuntimeError, ValueError) as error:  # it has other layers, or other groups of them
         raise UsageError(of_another_version) from error
-    optimizer.load_state_dict(saved["optimizer"])
     if flags.amp == "fp16" and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
     restore_random_states(saved["rng"], flags.device, path)

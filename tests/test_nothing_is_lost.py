@@ -586,17 +586,24 @@ def test_tidying_up_leaves_alone_what_another_training_writes(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == others
 
 
+NO_GROUPS = {"state": {}, "param_groups": []}
+
+
 @pytest.mark.parametrize(
     "of_that_version",
-    [{"seen": 0}, {"best_weights": {}, "model": {"another.layer": torch.zeros(1)}}],
-    ids=["other entries", "other layers"],
+    [
+        {"seen": 0},
+        {"best_weights": {}, "model": {"another.layer": torch.zeros(1)}},
+        {"best_weights": {}, "optimizer": NO_GROUPS},
+    ],
+    ids=["other entries", "other layers", "other groups of layers"],
 )
 def test_the_state_of_another_version_is_refused_in_one_line(
     trained, command, tmp_path, of_that_version
 ):
     flags = [*small(trained[0]), "--members", 1, "--out", tmp_path]
-    recorded = train_ensemble.read_checkpoint(trained[1] / "member_00.pt")["args"]
-    saved = {"args": recorded, "epoch": 0, **of_that_version}
+    member = train_ensemble.read_checkpoint(trained[1] / "member_00.pt")
+    saved = {"args": member["args"], "epoch": 0, "model": member["model"], **of_that_version}
     torch.save(saved, tmp_path / "member_00.state")
     code, _, err = command("train", *flags)
     assert code == 2 and "was written by another version" in err and err.count("\n") == 1
