@@ -886,6 +886,22 @@ def check_pairs(files: SplitFiles) -> None:
             raise DataError(f"{other} and {image} both have the mask {mask}; remove one of them")
 
 
+def masks_left_over(files: SplitFiles) -> list[Path]:
+    """The pictures beside the masks whose names do not begin as that of an image."""
+    beginnings = set()
+    for image in files.images:
+        stem = unicodedata.normalize("NFC", image.stem)
+        beginnings |= {stem, without_image_ending(stem)}
+    masks = set(files.masks)
+    left_over = []
+    for folder in sorted({mask.parent for mask in files.masks}):
+        for path in sorted(folder.iterdir()):
+            if is_image(path) and path not in masks:
+                if not spelling(path.name).startswith(tuple(beginnings)):
+                    left_over.append(path)
+    return left_over
+
+
 def names_below(folder: Path, files: Sequence[Path]) -> list[str]:
     """The path of each file below `folder` as a name for other files: town/x.png is town_x.
 
@@ -1475,6 +1491,11 @@ def open_files(
     if files.mask_ending:
         example = f"{files.masks[0].name} is that of {files.images[0].name}"
         notes.append(f"the masks are called ...{files.mask_ending}: {example}")
+    left_over = masks_left_over(files) if name == "folder" else []
+    if left_over:
+        doubts.append(
+            f"masks without an image: {len(left_over)}, as {left_over[0]}; they are left out"
+        )
     if flat and files.images and split != "all":
         below = [path.relative_to(files.folder) for path in files.images]
         division = divide_images(below, val_share)
@@ -1549,6 +1570,9 @@ def read_classes(path: Path) -> ClassList:
             raise DataError(f"{path} has the line {line!r}; every line is a class: remove it")
     if any("=" in line for line in lines):
         return read_class_values(path, lines)
+    for line in lines:
+        if COLOUR_WITHOUT_SIGN.search(line):
+            raise DataError(f"{path} has the line {line!r}; a colour is given as NAME = R G B")
     check_class_names(path, lines)
     return ClassList(with_palette(lines), None, [])
 
@@ -1559,6 +1583,7 @@ def check_class_names(path: Path, names: list[str]) -> None:
         raise DataError(f"{path} names {len(names)} classes; it needs 2 to 254 different ones")
 
 
+COLOUR_WITHOUT_SIGN = re.compile(r"\d+[\s,]+\d+[\s,]+\d+\W*$")
 CLASS_LINE = re.compile(r"(?P<name>.+?)\s*=\s*(?P<value>\d+|\d+[\s,]+\d+[\s,]+\d+)")
 
 

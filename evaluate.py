@@ -1210,11 +1210,15 @@ def scores_of(networks: Networks) -> list[str]:
 
 def choose_scores(named: list[str] | None, networks: Networks) -> list[str]:
     """The scores whose maps --predict writes: those that --score names or, without it,
-    `msp`, which finds errors best of what is free, and `Networks.shown_score`, the std
-    as a rule. UsageError at a name that is none."""
+    the one to find errors by and `Networks.shown_score`, the std as a rule.
+
+    Errors are found by `error` or, where that was not learned, by the best of the free scores.
+    UsageError at a name that is none.
+    """
     valid = scores_of(networks)
     if named is None:
-        named = ["msp", networks.shown_score(networks.main_name)]
+        finds_errors = ERROR if ERROR in valid else "msp"
+        named = [finds_errors, networks.shown_score(networks.main_name)]
     for name in named:
         if name not in valid:
             raise UsageError(
@@ -1597,6 +1601,8 @@ def export_network(student: Path, path: Path, results_file: Path) -> None:
         height, width = predictor.image_size
         print(f"  trained for images of {height}x{width}: resize yours to about that height")
     print(f"  operating points: {thresholds['operating_points_from']}")
+    if not thresholds["operating_points"]:
+        warn(f"{path} has no thresholds: see its operating points above")
 
 
 def check_export_path(path: Path) -> None:
@@ -1673,7 +1679,7 @@ def find_thresholds(results_file: Path, identity: str) -> dict:
     student's, why there are none.
     """
     nothing = {"operating_points": {}, "recommended": None}
-    advice = "evaluate this student first, with the same --out"
+    advice = "evaluate this student first, and give --export the --out of that evaluation"
     if not results_file.is_file():
         return nothing | {"operating_points_from": f"none, no {results_file}; {advice}"}
     try:
@@ -3202,6 +3208,11 @@ def errors_sentence(results: dict) -> str:
 def anomalies_sentence(results: dict) -> str:
     """Which score of the student or, without one, of the teacher finds unknown objects best."""
     network = results["recommended"]["network"]
+    against_free = {
+        "yes": "better than the free ones, ",
+        "no": "worse than the free ones, ",
+        "undecided": "undecided against the free ones, ",
+    }
     texts = []
     for name, ood_results in results["ood"].items():
         auroc = {}
@@ -3214,14 +3225,21 @@ def anomalies_sentence(results: dict) -> str:
             kind = ""
             if network == "student":
                 kind = "free, " if score in FREE_SCORES else "learned, "
+            gains = {}
+            if results["comparison"]:
+                task = results["comparison"]["ood"][name]
+                gains = task.get("auroc", {}).get("scores", {})  # {} of a set without images
+            if kind == "learned, " and best in gains:
+                kind += against_free[gains[best]["worth_more"]]
             texts.append(
-                f"by {score.replace('_', ' ')} on {name} ({kind}AUROC {percent_text(auroc[best])})"
+                f"by its {score.replace('_', ' ')} on {name} "
+                f"({kind}AUROC {percent_text(auroc[best])})"
             )
     if not results["ood"]:
         return "Unknown objects were not looked for (--ood)."
     if not texts:
         return "There were no unknown objects to find."
-    return f"Unknown objects are found best {', '.join(texts)}."
+    return f"Unknown objects are found best {', '.join(texts)}; guessing has 50 %."
 
 
 def training_logs(checkpoints: Sequence[Path]) -> dict[str, list[dict]]:
@@ -3635,14 +3653,19 @@ class LiveLine:
         return self.active and time.monotonic() - self.shown_at >= self.PAUSE
 
     def show(self, text: str) -> None:
-        """Write `text` over what is there, cut to the terminal's width."""
+        """Write `text` over what is there, as many of its parts as the terminal is wide.
+
+        Two spaces separate parts: half a number would be another number.
+        """
         if not self.active:
             return
         # So that a character is a column: a name may have wide ones, or some that are escaped.
         text = text.encode("ascii", errors="replace").decode()
         # A full row would move the cursor to the next one, and leave this one behind.
         columns = terminal_width() - 1
-        text = text[:columns]
+        if len(text) > columns:
+            whole_parts, _, _ = text[: columns + 2].rpartition("  ")
+            text = whole_parts or text[:columns]
         covering = text.ljust(min(len(self.text), columns))
         print("\r" + covering, end="", file=sys.stderr, flush=True)
         self.text = text
@@ -4313,9 +4336,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--score",
         nargs="+",
         metavar="NAME",
-        help="the scores that --predict maps, as metrics.json calls them (default: msp, and the "
-        "std: dudes of the student, std of the teacher; of a student that did not learn it, its "
-        "first measure)",
+        help="the scores that --predict maps, as metrics.json calls them (default: error or, where "
+        "that was not learned, msp, and the std: dudes of the student, std of the teacher; of a "
+        "student that did not learn it, its first measure)",
     )
     group.add_argument(
         "--export",

@@ -634,10 +634,15 @@ class Ensemble(nn.Module):
             usable = len(members) == 1 and mc_samples >= 2
         else:
             usable = len(members) >= 2
+        if not usable and mc_samples == 0:
+            raise ModelError(
+                "one checkpoint is no ensemble: train at least 2 members, or sample this one at "
+                "least 2 times (--mc-samples)"
+            )
         if not usable:
             raise ModelError(
-                f"--mc-samples {mc_samples} with {len(members)} checkpoints: train at least 2 "
-                "members, or name a single checkpoint and sample it at least 2 times"
+                f"--mc-samples {mc_samples} with {len(members)} checkpoints: name a single one and "
+                "sample it at least 2 times"
             )
         self.members = nn.ModuleList(members).requires_grad_(False)
         self.mc_samples = mc_samples
@@ -749,6 +754,8 @@ def read_tensors(path: str | Path) -> dict:
     Raises ModelError where there is no file, or none of that kind.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder; name a checkpoint in it, as {path / 'student.pt'}")
     if not path.is_file():
         raise ModelError(f"no such checkpoint: {path}; check the path, or train it first")
     try:

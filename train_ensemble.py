@@ -1660,7 +1660,10 @@ def main(args: argparse.Namespace) -> None:
         if world == 1 or len(present) >= len(member_ids):  # of several processes, the last
             draw_curves(args.out)
         members = "1 member" if len(present) == 1 else f"{len(present)} members"
-        print(f"{members} in {args.out}; next: python distill.py --teacher {args.out}")
+        next_step = f"next: python distill.py --teacher {args.out}"
+        if len(present) == 1:
+            next_step = "a teacher takes two or more"
+        print(f"{members} in {args.out}; {next_step}")
         surplus = surplus_members(args.out, args.members)
         if surplus:
             print(

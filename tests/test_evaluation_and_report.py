@@ -801,6 +801,8 @@ def test_the_live_line_leaves_no_row_behind(monkeypatch, columns):
     assert terminal.rows(columns) == [("a long line " * 20)[: columns - 1].rstrip()]
     line.show("short")
     assert terminal.rows(columns) == ["short"]
+    line.show("x" * (columns - 6) + "  part  left out")
+    assert terminal.rows(columns) == ["x" * (columns - 6)]  # "  par" would fit
     line.show("x" * columns)
     line.clear()
     line.clear()

@@ -309,6 +309,13 @@ def test_operating_points_are_those_of_this_student(trained, command, tmp_path):
     assert evaluate.find_thresholds(tmp_path / "metrics.json", identity) == other
 
 
+def test_a_file_without_thresholds_is_warned_of(home, command, tmp_path):
+    flags = ["--student", home / "ckpts/student.pt", "--export", tmp_path / "s.pt2"]
+    code, out, err = command("evaluate", *flags, "--out", tmp_path / "elsewhere")
+    assert code == 0 and "give --export the --out of that evaluation" in out
+    assert err.startswith("warning: ") and "has no thresholds" in err and err.count("\n") == 1
+
+
 def test_what_cannot_be_exported_is_one_line(home, command, monkeypatch, tmp_path):
     student = ["--student", home / "ckpts/student.pt"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -339,4 +346,4 @@ def test_the_snippets_of_the_page_run(home):
             exported = {}
             exec(blocks[3], exported)
             assert (exported["images"][0] == network_input("photo.jpg").numpy()).all()
-    assert np.abs(read["msp"] - predicted["scores"]["msp"]).max() < 0.02  # of --predict in bf16
+    assert np.abs(read["error"] - predicted["scores"]["error"]).max() < 0.02  # of --predict in bf16

@@ -439,6 +439,7 @@ def test_what_classes_txt_does_not_name_is_an_error(tmp_path):
     assert message.startswith("the mask ") and "classes.txt lacks, 1 in all: 7 8 9;" in message
 
     for content, words in {
+        "a (1, 2, 3)\nb\n": ("the line 'a (1, 2, 3)'", "a colour is given as NAME = R G B"),
         "a = 1\nb\n": ("the line 'b'", "NAME = VALUE or NAME = R G B"),
         "a = 1\nb = 256\n": ("the line 'b = 256'", "0 to 255"),
         "a = 1\nb = 1 2\n": ("the line 'b = 1 2'",),

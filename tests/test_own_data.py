@@ -286,6 +286,17 @@ def test_endings_of_images_and_of_a_set_with_splits(tmp_path):
     assert stems(dataset)[0] == "0_image"
 
 
+def test_masks_without_an_image_are_said(tmp_path):
+    """They were left out in silence; what begins as an image's name may lie beside its mask."""
+    root = write_flat(tmp_path, ["a_1", "a_2", "b_1", "b_2", "c_1"])
+    (root / "labels/a_1_colours.png").write_bytes((root / "labels/a_1.png").read_bytes())
+    assert open_dataset("folder", root, "all").doubts == []
+    (root / "images/b_2.jpg").unlink()
+    (root / "images/c_1.jpg").unlink()
+    [doubt] = open_dataset("folder", root, "all").doubts
+    assert doubt == f"masks without an image: 2, as {root / 'labels/b_2.png'}; they are left out"
+
+
 def test_what_is_found_in_place_of_masks_is_said(tmp_path):
     """A mask called otherwise was "no mask x.png", and no word of the x_mask.png beside it."""
     names = ["a_1", "a_2", "b_1"]

@@ -419,10 +419,10 @@ def test_predict_runs_at_the_size_of_the_training(trained, command, tmp_path):
     assert code == 0 and "--image-size 30 30" in out and "30x60 (1)" in out
 
 
-def test_default_scores_are_msp_and_the_std(trained, command, tmp_path):
+def test_default_scores_are_that_for_errors_and_the_std(trained, command, tmp_path):
     photos = save_photos(tmp_path / "photos", a=(40, 56))
     for network, path, names in (
-        ("--student", trained[1] / "student.pt", {"msp", "dudes"}),
+        ("--student", trained[1] / "student.pt", {"error", "dudes"}),
         ("--teacher", trained[1], {"msp", "std"}),
     ):
         out = tmp_path / network
