@@ -641,8 +641,8 @@ class Ensemble(nn.Module):
             )
         if not usable:
             raise ModelError(
-                f"--mc-samples {mc_samples} with {len(members)} checkpoints: name a single checkpoint "
-                "and sample it at least 2 times"
+                f"--mc-samples {mc_samples} with {len(members)} checkpoints: name a single "
+                "checkpoint and sample it at least 2 times"
             )
         self.members = nn.ModuleList(members).requires_grad_(False)
         self.mc_samples = mc_samples
