@@ -892,13 +892,15 @@ def masks_left_over(files: SplitFiles) -> list[Path]:
     for image in files.images:
         stem = unicodedata.normalize("NFC", image.stem)
         beginnings |= {stem, without_image_ending(stem)}
+    beginnings_to_try = tuple(beginnings)
     masks = set(files.masks)
     left_over = []
     for folder in sorted({mask.parent for mask in files.masks}):
         for path in sorted(folder.iterdir()):
-            if is_image(path) and path not in masks:
-                if not spelling(path.name).startswith(tuple(beginnings)):
-                    left_over.append(path)
+            if path in masks or not is_image(path):
+                continue
+            if not spelling(path.name).startswith(beginnings_to_try):
+                left_over.append(path)
     return left_over
 
 
@@ -1583,6 +1585,7 @@ def check_class_names(path: Path, names: list[str]) -> None:
         raise DataError(f"{path} names {len(names)} classes; it needs 2 to 254 different ones")
 
 
+# As "sky 128 128 128" or "sky (128, 128, 128)", which would be names of classes.
 COLOUR_WITHOUT_SIGN = re.compile(r"\d+[\s,]+\d+[\s,]+\d+\W*$")
 CLASS_LINE = re.compile(r"(?P<name>.+?)\s*=\s*(?P<value>\d+|\d+[\s,]+\d+[\s,]+\d+)")
 

@@ -3205,14 +3205,27 @@ def errors_sentence(results: dict) -> str:
     return f"{text}; {outcome}: {other.replace('_', ' ')}, has an AURC of {three_digits(value)}."
 
 
+def kind_of_score(results: dict, ood_name: str, score: str) -> list[str]:
+    """In words: whether the student's score is free or learned, and then how it compares."""
+    if score in FREE_SCORES:
+        return ["free"]
+    figure = {}  # of a set without images, or where nothing was compared
+    if results["comparison"]:
+        figure = results["comparison"]["ood"][ood_name].get("auroc", {})
+    gain = figure.get("scores", {}).get(f"student/{score}")
+    if gain is None:
+        return ["learned"]
+    against_free = {
+        "yes": "better than the free ones",
+        "no": "worse than the free ones",
+        "undecided": "undecided against the free ones",
+    }
+    return ["learned", against_free[gain["worth_more"]]]
+
+
 def anomalies_sentence(results: dict) -> str:
     """Which score of the student or, without one, of the teacher finds unknown objects best."""
     network = results["recommended"]["network"]
-    against_free = {
-        "yes": "better than the free ones, ",
-        "no": "worse than the free ones, ",
-        "undecided": "undecided against the free ones, ",
-    }
     texts = []
     for name, ood_results in results["ood"].items():
         auroc = {}
@@ -3222,19 +3235,10 @@ def anomalies_sentence(results: dict) -> str:
         if auroc:
             best = max(auroc, key=lambda key: auroc[key])
             score = best.partition("/")[2]
-            kind = ""
+            words = [f"AUROC {percent_text(auroc[best])}"]
             if network == "student":
-                kind = "free, " if score in FREE_SCORES else "learned, "
-            gains = {}
-            if results["comparison"]:
-                task = results["comparison"]["ood"][name]
-                gains = task.get("auroc", {}).get("scores", {})  # {} of a set without images
-            if kind == "learned, " and best in gains:
-                kind += against_free[gains[best]["worth_more"]]
-            texts.append(
-                f"by its {score.replace('_', ' ')} on {name} "
-                f"({kind}AUROC {percent_text(auroc[best])})"
-            )
+                words = [*kind_of_score(results, name, score), *words]
+            texts.append(f"by its {score.replace('_', ' ')} on {name} ({', '.join(words)})")
     if not results["ood"]:
         return "Unknown objects were not looked for (--ood)."
     if not texts:

@@ -630,16 +630,12 @@ class Ensemble(nn.Module):
 
     def __init__(self, members: list[DeepLabV3], mc_samples: int = 0):
         super().__init__()
-        if mc_samples:
-            usable = len(members) == 1 and mc_samples >= 2
-        else:
-            usable = len(members) >= 2
-        if not usable and mc_samples == 0:
+        if mc_samples == 0 and len(members) < 2:
             raise ModelError(
                 "one checkpoint is no ensemble: train at least 2 members, or sample this one at "
                 "least 2 times (--mc-samples)"
             )
-        if not usable:
+        if mc_samples != 0 and (len(members) != 1 or mc_samples < 2):
             raise ModelError(
                 f"--mc-samples {mc_samples} with {len(members)} checkpoints: name a single "
                 "checkpoint and sample it at least 2 times"

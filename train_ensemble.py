@@ -544,8 +544,8 @@ def fit(
                     results = validation(validated_model)
                 finish_epoch(run, results, progress, flags.select)
             is_due = seconds_since_save(run) > min(60 * flags.save_every, LITTLE_TO_LOSE)
-            is_due |= flags.keeps_last_state and state.epoch == flags.epochs
-            save_if_due(run, flags, is_due)
+            another_goes_on = is_last_epoch and flags.keeps_last_state
+            save_if_due(run, flags, is_due or another_goes_on)
 
     weights = model.state_dict()
     if flags.select == "best":
@@ -567,11 +567,11 @@ def train_one_epoch(
     """
     state = run.state
     device = flags.device
+    world = get_world_size()
     batches = loader.batch_sampler
     batches.epoch = state.epoch
     batches.start = state.batch
     steps_per_epoch = math.ceil(len(batches) / flags.accumulate)
-    world = get_world_size()
 
     run.model.train()
     for batch in loader:
