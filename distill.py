@@ -62,6 +62,7 @@ import data
 from data import IGNORED, MISSING, Sample
 from evaluate import (
     HEAD_ENDING,
+    ImageProgress,
     Parser,
     division_warnings,
     non_negative,
@@ -104,6 +105,7 @@ from train_ensemble import (
     choose_validation_interval,
     cross_entropy,
     fit,
+    noted_signals,
     open_splits,
     random_stream,
     recipe_table,
@@ -163,7 +165,7 @@ def predict_frozen(
     student.eval()
     if kept is None:
         return student(batch.images)
-    return student.apply_heads(kept.for_batch(student, batch), batch.images.shape[-2:])
+    return student.apply_heads(kept.for_batch(batch), batch.images.shape[-2:])
 
 
 def distillation_loss(
@@ -331,6 +333,23 @@ class TeacherTargets:
         probs = values[:, len(self.measures) :] if self.with_probs else None
         return Target(uncertainty, probs)
 
+    def fill(self, views: data.TrainingViews, batch_size: int, signals: list[int]) -> None:
+        """Compute all training targets that are not stored yet, with a live line.
+
+        signals: of `train_ensemble.noted_signals`, of which the first ends it.
+        """
+        num_views, num_images = self.train_cache.targets.shape[:2]
+        with ImageProgress(num_views * num_images) as progress:
+            for key in keys_of_views(views, num_views, batch_size):
+                if signals:
+                    break
+                stored = self.train_cache.read(key)
+                if is_incomplete(stored):
+                    images = read_views(views, key)
+                    fresh = self.run_on_views(images, key)
+                    self.train_cache.complete(key, stored, fresh)
+                progress.advance(len(key.index))
+
     def complete_targets(self, batch: Sample, flip: Tensor) -> Tensor:
         """The stored targets of a batch that came without, uint8 [B, T, H, W].
 
@@ -347,7 +366,11 @@ class TeacherTargets:
     def run_on_unflipped(self, batch: Sample, flip: Tensor) -> Tensor:
         """The teacher's channels for a batch's views as they were before their flip."""
         images = torch.where(flip, batch.images.flip(-1), batch.images)
-        dropout_key = [int(batch.view[0]), int(batch.index[0])]
+        return self.run_on_views(images, TargetKey(batch.view, batch.index))
+
+    def run_on_views(self, images: Tensor, key: TargetKey) -> Tensor:
+        """The teacher's channels for views as they were before their flip."""
+        dropout_key = [int(key.view[0]), int(key.index[0])]
         size = images.shape[-2:]
         return self.run_teacher(images, size, dropout_key, self.measures, self.with_probs)
 
@@ -433,9 +456,10 @@ def dequantise(stored: Tensor, largest: Tensor) -> Tensor:
 class TargetCache:
     """The teacher's quantised targets of every view, uint8 [K, N, T, H, W], mapped from the disk.
 
-    A target is stored when its view is first met. From then on the loading processes read it, as
-    `data.StoredTargets`, and it comes with the view. Single bytes cannot tear and are the same
-    whenever they are computed: a run that was killed leaves a valid, if incomplete, cache.
+    A target is stored when its view is first met or, on a CPU, before the training (see
+    `passes_ahead`). From then on the loading processes read it, as `data.StoredTargets`, and it
+    comes with the view. Single bytes cannot tear and are the same whenever they are computed: a run
+    that was killed leaves a valid, if incomplete, cache.
 
     path: an .npy file; the .json beside it holds `identity`, all that the targets
     depend on, and a file with another identity is made anew. None: it is there already.
@@ -586,6 +610,18 @@ def train_student(
     if flags.compile:
         teacher.compile_for_one_size()
     targets = open_targets(teacher, flags, distillation, views, val_set, path)
+    if distillation.views > 0 and passes_ahead(flags):
+        torch.manual_seed(stream.torch_seed)  # for MC dropout
+        with noted_signals() as signals:
+            targets.fill(views, flags.batch_size, signals)
+        if signals:
+            without = " without --overwrite" if flags.overwrite else ""
+            print(
+                f"\n{path.stem}: stored what the teacher has said so far; the same "
+                f"command{without} continues from there",
+                file=sys.stderr,
+            )
+            raise SystemExit(128 + signals[0])
     views_without_targets = build_views(flags, distillation, train_set, stream.view_seeds, None)
     label_loader = build_training_loader(flags, views_without_targets)
     lessons = Lessons(
@@ -716,24 +752,17 @@ def train_head(
 
 
 class KeptFeatures:
-    """The features of a network that learns no more, of views that come again, in memory.
+    """The features of a network that learns no more, of every view as it is and mirrored.
 
-    Images pass one by one, so that their features do not depend on who else is in the batch: a
-    run that is resumed, and has to compute them anew, gets the same bits.
+    features: [2, K, N, 256, h, w], of K views of N images, in memory.
     """
 
-    def __init__(self):
-        self.features = {}  # [256, h, w] of each (view, index, flip)
+    def __init__(self, features: Tensor):
+        self.features = features
 
-    def for_batch(self, network: DeepLabV3, batch: Sample) -> Tensor:
-        """[B, 256, h, w]; `network` is asked for those that are not there yet."""
-        numbers = (batch.view.tolist(), batch.index.tolist(), batch.flip.tolist())
-        keys = list(zip(*numbers, strict=True))
-        for key, image in zip(keys, batch.images, strict=True):
-            if key not in self.features:
-                with torch.no_grad():
-                    self.features[key] = network.extract_features(image[None])[0]
-        return torch.stack([self.features[key] for key in keys])
+    def for_batch(self, batch: Sample) -> Tensor:
+        """[B, 256, h, w]"""
+        return self.features[batch.flip.long(), batch.view, batch.index]
 
 
 # Of `KeptFeatures`, in bytes: a quarter of what a small machine has.
@@ -743,23 +772,63 @@ LARGEST_MEMORY = 1e9
 def keep_features(
     student: DeepLabV3, lessons: Lessons, flags: TrainingFlags, distillation: DistillationFlags
 ) -> KeptFeatures | None:
-    """`KeptFeatures` where they save time, on a CPU; else None.
+    """`KeptFeatures` where they save time and there is room for them; else None.
 
     A view comes as it is and mirrored, so that an image has twice as many forms as views. Where
     the head has no more epochs than that, hardly any form comes again.
     """
     forms_of_image = 2 * distillation.views
     comes_again = 0 < forms_of_image < distillation.head_epochs
-    if flags.device.type != "cpu" or flags.compile or get_world_size() > 1 or not comes_again:
+    if not passes_ahead(flags) or not comes_again:
         return None
+    views = lessons.train_loader.dataset
+    student.eval()
     with torch.no_grad(), autocast(flags.device, flags.amp):
-        image = torch.zeros(1, 3, *flags.crop_size, dtype=torch.uint8)
-        example = student.eval().extract_features(image)
-    needed = forms_of_image * len(lessons.train_loader.dataset) * example.nbytes
-    if needed > LARGEST_MEMORY:
-        return None
-    print(f"features: {needed / 1e6:,.1f} MB in memory")
-    return KeptFeatures()
+        black = torch.zeros(1, 3, *flags.crop_size, dtype=torch.uint8)
+        example = student.extract_features(black)  # [1, 256, h, w]
+        needed = forms_of_image * len(views) * example.nbytes
+        if needed > LARGEST_MEMORY:
+            return None
+        print(f"features: {needed / 1e6:,.1f} MB in memory")
+        shape = (2, distillation.views, len(views), *example.shape[1:])
+        features = torch.empty(shape, dtype=example.dtype)
+        with ImageProgress(distillation.views * len(views)) as progress:
+            for key in keys_of_views(views, distillation.views, flags.batch_size):
+                images = read_views(views, key)
+                features[0, key.view, key.index] = student.extract_features(images)
+                features[1, key.view, key.index] = student.extract_features(images.flip(-1))
+                progress.advance(len(images))
+    return KeptFeatures(features)
+
+
+def passes_ahead(flags: TrainingFlags) -> bool:
+    """Whether all views pass through a network before a training begins that needs what it gives.
+
+    On a CPU: there small images pass faster in batches that are larger than those of a training,
+    and views are read in no time beside that. And what a view gives does not depend on the
+    batches of the training: a run that is resumed, and computes it anew, gets the same bits.
+    """
+    return flags.device.type == "cpu" and not flags.compile and get_world_size() == 1
+
+
+def keys_of_views(
+    views: data.TrainingViews, num_views: int, batch_size: int
+) -> Iterator[TargetKey]:
+    """All `num_views` views of all images, in order, as many at a time as pass at once."""
+    images = torch.arange(len(views))
+    count = data.images_per_pass(batch_size, views.crop_size)
+    for view in range(num_views):
+        for index in images.split(count):
+            yield TargetKey(torch.full_like(index, view), index)
+
+
+def read_views(views: data.TrainingViews, key: TargetKey) -> Tensor:
+    """Those views as they are before their flip: uint8 [B, 3, h, w]."""
+    images = []
+    for view, index in zip(key.view.tolist(), key.index.tolist(), strict=True):
+        image, _ = views.read_view(view, index)
+        images.append(image)
+    return torch.stack(images)
 
 
 def path_of_head(path: Path) -> Path:

@@ -3864,6 +3864,9 @@ def check_comparable(path: Path, student: dict, teacher: dict) -> None:
             )
 
 
+DEFAULT_BATCH = 4  # images; see `data.images_per_pass`
+
+
 def resolve(args: argparse.Namespace, checkpoint: dict, device: torch.device) -> Settings:
     """Take the flags that were not given from the checkpoint; refuse those that contradict."""
     # ---------------------------------------------------------------- flags that exclude others
@@ -3915,16 +3918,23 @@ def resolve(args: argparse.Namespace, checkpoint: dict, device: torch.device) ->
     workers = args.workers
     if workers is None:  # on a CPU the networks need every core
         workers = 4 if device.type == "cuda" else 0
+    image_size = args.image_size or trained.get("image_size")
+    batch_size = args.batch_size
+    if batch_size is None:
+        batch_size = DEFAULT_BATCH
+        usual_size = image_size or model.trained_size(checkpoint)
+        if usual_size is not None:
+            batch_size = data.images_per_pass(batch_size, usual_size)
     return Settings(
         dataset=dataset,
         data=folder,
         val_share=val_share,
         split=args.split,
-        image_size=args.image_size or trained.get("image_size"),
+        image_size=image_size,
         hold_out=config["hold_out"],
         ood=ood,
         distillation=distillation or None,
-        inference=InferenceSettings(device, choose_amp(args.amp, device), args.batch_size, workers),
+        inference=InferenceSettings(device, choose_amp(args.amp, device), batch_size, workers),
     )
 
 
@@ -4377,8 +4387,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--batch-size",
         type=positive(int),
-        default=4,
-        help="images per batch; changes no figure but those of MC dropout (default: 4)",
+        help="images per batch; changes no figure but those of MC dropout (default: "
+        f"{DEFAULT_BATCH}, of small images more)",
     )
     group.add_argument(
         "--device",

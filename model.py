@@ -29,6 +29,7 @@ Outline:
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import fcntl
 import functools
@@ -130,9 +131,10 @@ class DeepLabV3(nn.Module):
         if measures:
             self.add_uncertainty(measures, head)
 
-        # Not in the weights: a checkpoint names them in its configuration.
-        rgb_mean = torch.tensor(rgb_mean).view(1, 3, 1, 1)
-        rgb_std = torch.tensor(rgb_std).view(1, 3, 1, 1)
+        # Not in the weights: a checkpoint names them in its configuration. And never on the meta
+        # device, on which `build_model` builds the rest.
+        rgb_mean = torch.tensor(rgb_mean, device="cpu").view(1, 3, 1, 1)
+        rgb_std = torch.tensor(rgb_std, device="cpu").view(1, 3, 1, 1)
         self.register_buffer("rgb_mean", rgb_mean, persistent=False)
         self.register_buffer("rgb_std", rgb_std, persistent=False)
 
@@ -818,19 +820,24 @@ def build_model(checkpoint: dict, path: str | Path) -> DeepLabV3:
             "another; use it with that version, or distil it anew"
         )
     normalisation = config.get("normalisation", {"mean": IMAGENET_MEAN, "std": IMAGENET_STD})
-    network = DeepLabV3(
-        config["backbone"],
-        len(config["classes"]),
-        tuple(config["measures"]),
-        tuple(normalisation["mean"]),
-        tuple(normalisation["std"]),
-        config.get("head", "paper"),
-    )
+    # Weights on the meta device are shapes alone: drawing random ones, and copying the
+    # checkpoint's over them, took half of the time that loading an ensemble takes.
+    with torch.device("meta"):
+        network = DeepLabV3(
+            config["backbone"],
+            len(config["classes"]),
+            tuple(config["measures"]),
+            tuple(normalisation["mean"]),
+            tuple(normalisation["std"]),
+            config.get("head", "paper"),
+        )
     try:
-        network.load_state_dict(checkpoint["model"])
+        network.load_state_dict(checkpoint["model"], assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path}: its weights do not fit its configuration ({reason})") from error
+    # as a CPU works best with them, whatever the training had
+    network.to(torch.float32, memory_format=torch.contiguous_format)
     network.classes = tuple(config["classes"])
     network.palette = tuple(tuple(colour) for colour in config.get("palette", ()))
     network.image_size = trained_size(checkpoint)
@@ -957,7 +964,8 @@ def what_has_to_agree(checkpoint: dict) -> dict:
 def choose_device(name: str) -> torch.device:
     """The device of that name; "auto" is a GPU if there is one, under torchrun one per process.
 
-    Raises UsageError where the device cannot be used. Sets what float32 means on a GPU.
+    Raises UsageError where the device cannot be used. Sets what float32 means on a GPU, and
+    what becomes of freed memory on a CPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -979,7 +987,28 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:80]
         raise UsageError(f"--device {name} cannot be used ({reason}); try --device cpu") from None
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
+
+
+# Numbers of glibc's malloc.h, and the largest size that it takes for the second, in bytes.
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+LARGEST_MMAP_THRESHOLD = 32 * 2**20
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what freed tensors leave, up to 32 MiB each, for later ones.
+
+    glibc returns large blocks to the system as soon as they are free, and the next tensor waits
+    for the system to clear its pages: members of the drawn scenes took 7 % longer to train, in bf16
+    18 %. Other C libraries are left as they are.
+    """
+    c_library = ctypes.CDLL(None)
+    if hasattr(c_library, "mallopt"):
+        c_library.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+        c_library.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def set_float32_precision() -> None:

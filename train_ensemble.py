@@ -1474,7 +1474,12 @@ def build_loaders(
             "of all of them"
         )
     val_loader = data.evaluation_loader(
-        val_set, flags.batch_size, flags.workers, flags.device, get_rank(), get_world_size()
+        val_set,
+        data.images_per_pass(flags.batch_size, val_set.network_size()),
+        flags.workers,
+        flags.device,
+        get_rank(),
+        get_world_size(),
     )
     return build_training_loader(flags, views), val_loader
 

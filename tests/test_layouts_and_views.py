@@ -512,6 +512,12 @@ def test_processes_share_each_batch(folder):
     assert [len(batch.index) for batch in loader] == [2]
 
 
+def test_small_images_pass_several_at_a_time():
+    assert data.images_per_pass(4, (80, 120)) == 16  # the drawn scenes
+    assert data.images_per_pass(4, (180, 240)) == 4
+    assert data.images_per_pass(2, (1024, 2048)) == 2
+
+
 def test_evaluation_batches_hold_equal_sizes(tmp_path):
     write_folder(tmp_path, train=1, val=2)
     image, labels = scene(np.random.default_rng(1), (24, 32))

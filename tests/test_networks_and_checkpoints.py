@@ -263,6 +263,25 @@ def test_checkpoint_round_trip(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
+def test_a_checkpoint_is_read_without_a_draw_and_as_a_cpu_likes_it(tmp_path):
+    network = save_member(tmp_path / "a.pt")
+    checkpoint = read_checkpoint(tmp_path / "a.pt")
+    of_a_gpu = {}  # where the training has the channels last
+    for name, value in checkpoint["model"].items():
+        if value.ndim == 4:
+            value = value.contiguous(memory_format=torch.channels_last)
+        of_a_gpu[name] = value
+    save_atomically(tmp_path / "a.pt", checkpoint | {"model": of_a_gpu})
+    state = torch.get_rng_state()
+    loaded = load_model(tmp_path / "a.pt")
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, network.state_dict()[name]) and value.is_contiguous(), name
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert all(buffer.device.type == "cpu" for buffer in loaded.buffers())
+    assert torch.equal(loaded.rgb_mean, network.rgb_mean)
+
+
 def test_an_incomplete_or_mixed_ensemble_is_refused_by_name(tmp_path):
     save_member(tmp_path / "member_00.pt", members=3)
     save_member(tmp_path / "member_02.pt", members=3)

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pathlib
+import platform
 import re
 import shutil
 import signal
@@ -55,6 +56,38 @@ def evaluation(ckpts, out, *flags):
     """Flags of the shortest evaluation."""
     return ("--student", ckpts / "student.pt", "--device", "cpu", "--panels", 0, "--out", out,
             *flags)  # fmt: skip
+
+
+# ------------------------------------------------------------------ memory
+
+PAGES = """
+import resource, torch, model
+
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        tensors = [torch.ones(4_000_000) for _ in range(4)]
+        del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+pages()
+returned = pages()
+model.choose_device("cpu")
+pages()
+print(returned, pages())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what glibc does is changed")
+def test_the_memory_of_a_tensor_is_kept_for_the_next():
+    process = subprocess.run([sys.executable, "-c", PAGES], cwd=ROOT, capture_output=True)
+    returned, kept = (int(number) for number in process.stdout.split())
+    assert returned > 10_000 and kept < returned / 100
+
+
+def test_another_c_library_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(model.ctypes, "CDLL", lambda name: object())
+    model.keep_freed_memory()
 
 
 # ------------------------------------------------------------------ scores beyond float16

@@ -589,36 +589,57 @@ def test_a_head_that_learns_from_kept_features_goes_on_to_the_same_bits(
     code, out, _ = command("distill", *flags, "--out", tmp_path / "whole.pt")
     assert code == 0 and "features: " in out
     with monkeypatch.context() as patch:
-        stopped_in("head_loss", 6, patch)  # some of the third epoch's features are known
+        stopped_in("head_loss", 6, patch)  # in the third epoch
         assert command("distill", *flags, "--out", tmp_path / "cut.pt")[0] == 143
     code, out, _ = command("distill", *flags, "--out", tmp_path / "cut.pt")
     assert code == 0 and "cut-head: continuing at epoch 2" in out
     assert torch.equal(weights(tmp_path / "whole.pt"), weights(tmp_path / "cut.pt"))
 
 
-def test_kept_features_are_the_networks_and_do_not_depend_on_the_batch():
-    network = DeepLabV3("resnet18", 4, ("std",), head="confidence").eval()
-    images = torch.randint(0, 256, (3, 3, 32, 48), dtype=torch.uint8)
-    labels = torch.zeros(3, 32, 48, dtype=torch.uint8)
-    index, view = torch.tensor([4, 1, 0]), torch.tensor([0, 0, 1])
-    batch = Sample(images, labels, index, view, torch.tensor([False, True, False]))
-    kept = distill.KeptFeatures()
+class NoisyViews:
+    """Stands for `data.TrainingViews`: five images of noise, another for each view."""
+
+    crop_size = (32, 48)
+
+    def __len__(self):
+        return 5
+
+    def read_view(self, view, index):
+        generator = torch.Generator().manual_seed(10 * view + index)
+        image = torch.randint(0, 256, (3, *self.crop_size), dtype=torch.uint8, generator=generator)
+        return image, None
+
+    def batch(self, view, index, flip):
+        """The `Sample` of some of them; its labels are void."""
+        view, index, flip = torch.tensor(view), torch.tensor(index), torch.tensor(flip)
+        images = distill.read_views(self, distill.TargetKey(view, index))
+        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        labels = torch.full((len(images), *self.crop_size), VOID, dtype=torch.uint8)
+        return Sample(images, labels, index, view, flip)
+
+
+def keep_features_of(network, views=1, head_epochs=9, **flags):
+    """`distill.keep_features` with that many views of `NoisyViews`."""
+    settings = {name: None for name in distill.DistillationFlags._fields}
+    settings |= {"views": views, "head_epochs": head_epochs}
+    nothing = dict.fromkeys(distill.Lessons._fields)
+    loader = argparse.Namespace(dataset=NoisyViews())
+    lessons = distill.Lessons(**(nothing | {"train_loader": loader}))
+    flags = flags_of(**({"crop_size": NoisyViews.crop_size, "batch_size": 2} | flags))
+    return distill.keep_features(network, lessons, flags, distill.DistillationFlags(**settings))
+
+
+def test_kept_features_are_the_networks(monkeypatch):
+    monkeypatch.setattr(data, "PIXELS_PER_PASS", 0)  # so two at a time, and one at last
+    network = DeepLabV3("resnet18", 4, ("std",), head="confidence").train()
+    kept = keep_features_of(network, views=2)
+    batch = NoisyViews().batch([0, 1, 1, 0], [4, 4, 0, 1], [False, True, False, True])
     with torch.inference_mode():
-        expected = network(images)
+        expected = network.eval()(batch.images)
         found = distill.predict_frozen(network, batch, kept)
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.uncertainty, expected.uncertainty, rtol=1e-4, atol=1e-5)
-
-    features = kept.for_batch(network, batch)
-    passes = []
-    network.backbone.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
-    assert torch.equal(distill.KeptFeatures().for_batch(network, batch), features)
-    assert passes == [1, 1, 1]  # each alone, so that no neighbour changes a bit
-    black = batch._replace(images=torch.zeros_like(images))
-    assert torch.equal(kept.for_batch(network, black), features)
-    assert len(passes) == 3  # they were kept
-    mirrored = black._replace(flip=~batch.flip)
-    assert not torch.equal(kept.for_batch(network, mirrored), features)
+    assert not kept.features.requires_grad
 
 
 @pytest.mark.parametrize("views, head_epochs, megabytes, kept", [
@@ -628,24 +649,87 @@ def test_features_are_kept_where_views_come_again_and_there_is_room(
     monkeypatch, capsys, views, head_epochs, megabytes, kept
 ):
     monkeypatch.setattr(distill, "LARGEST_MEMORY", 1e6 * megabytes)
-    settings = {name: None for name in distill.DistillationFlags._fields}
-    distillation = distill.DistillationFlags(
-        **(settings | {"views": views, "head_epochs": head_epochs})
-    )
-    nothing = dict.fromkeys(distill.Lessons._fields)
-    loader = argparse.Namespace(dataset=range(5))
-    lessons = distill.Lessons(**(nothing | {"train_loader": loader}))
-    flags = flags_of(crop_size=(32, 48))
     network = DeepLabV3("resnet18", 4)
-    features = distill.keep_features(network, lessons, flags, distillation)
-    assert (features is not None) == kept
-    for other in (flags._replace(device=torch.device("cuda")), flags._replace(compile=True)):
-        assert distill.keep_features(network, lessons, other, distillation) is None
+    assert (keep_features_of(network, views, head_epochs) is not None) == kept
+    for other in ({"device": torch.device("cuda")}, {"compile": True}):
+        assert keep_features_of(network, views, head_epochs, **other) is None
     with monkeypatch.context() as patch:
         patch.setattr(distill, "get_world_size", lambda: 2)
-        assert distill.keep_features(network, lessons, flags, distillation) is None
+        assert keep_features_of(network, views, head_epochs) is None
     # twice, five views, 256 channels, 2 x 3, four bytes
     assert ("features: 0.1 MB in memory" in capsys.readouterr().out) == kept
+
+
+def test_targets_are_filled_once_and_to_the_same_bits(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "PIXELS_PER_PASS", 0)
+    teacher = Ensemble([DeepLabV3("resnet18", 4).eval()], mc_samples=2)
+    passes = []
+    teacher.members[0].register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    shape = (2, 5, 1, *NoisyViews.crop_size)
+
+    def fill(name):
+        cache = distill.TargetCache(tmp_path / name, shape, torch.full((1, 1, 1), MAX_STD), {})
+        targets = distill.TeacherTargets(teacher, ["std"], False, "off", train_cache=cache)
+        torch.manual_seed(7)
+        targets.fill(NoisyViews(), batch_size=2, signals=[])
+        return targets
+
+    whole = fill("whole.npy").train_cache.targets
+    assert not (whole == data.MISSING).any()
+    assert sorted(passes) == 4 * [1] + 8 * [2]  # two samples, two views, of 2 + 2 + 1 images
+    passes.clear()
+    fill("whole.npy")
+    assert passes == []
+
+    # what a killed run has not stored comes out as if it had: a batch has its own draws
+    (tmp_path / "cut.json").write_text((tmp_path / "whole.json").read_text())
+    half = whole.copy()
+    half[0, 3] = half[1, :2] = data.MISSING
+    np.save(tmp_path / "cut.npy", half)
+    targets = fill("cut.npy")
+    assert np.array_equal(targets.train_cache.targets, whole)
+
+    # what a training batch gets is what is stored, mirrored with its view
+    batch = NoisyViews().batch([1, 0], [3, 4], [True, False])
+    passes.clear()
+    expected = targets.train_cache.dequantise(torch.from_numpy(whole[[1, 0], [3, 4]]))
+    expected[0] = expected[0].flip(-1)
+    assert torch.equal(targets.for_batch(batch).uncertainty, expected) and passes == []
+
+
+def test_a_signal_while_the_teacher_is_asked_loses_nothing(trained, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PIXELS_PER_PASS", 0)
+    flags = ["--teacher", trained[1], "--device", "cpu", "--views", 2, "--batch-size", 2]
+    flags += ["--epochs", 1, "--head-epochs", 1, "--out", tmp_path / "s.pt"]
+    with monkeypatch.context() as patch:
+        stopped_in("read_views", 2, patch)
+        code, _, err = command("distill", *flags)
+    assert code == 143 and err.splitlines()[-1] == (
+        "s: stored what the teacher has said so far; the same command continues from there"
+    )
+    stored = np.load(tmp_path / "s.targets.npy")
+    assert (stored[0, :4] != data.MISSING).all() and (stored[0, 4:] == data.MISSING).all()
+    assert command("distill", *flags)[0] == 0
+    assert command("distill", *flags[:-1], tmp_path / "whole.pt")[0] == 0
+    assert torch.equal(weights(tmp_path / "s.pt"), weights(tmp_path / "whole.pt"))
+
+
+def test_a_run_on_a_cpu_asks_its_teacher_before_it_trains(trained, command, tmp_path, monkeypatch):
+    flags = ["--teacher", trained[1], "--device", "cpu", "--views", 2, "--batch-size", 2]
+    flags += ["--epochs", 2, "--head-epochs", 1, "--out", tmp_path / "s.pt"]
+    asked = []
+    run_teacher = distill.TeacherTargets.run_teacher
+
+    def noted(self, images, *arguments, **more):
+        asked.append((len(list(tmp_path.glob("s.jsonl"))), len(images)))
+        return run_teacher(self, images, *arguments, **more)
+
+    monkeypatch.setattr(distill.TeacherTargets, "run_teacher", noted)
+    assert command("distill", *flags)[0] == 0
+    # two views of all five images at once, for they are small; later the validation images
+    before = [images for is_training, images in asked if not is_training]
+    assert before == [5, 5]
+    assert sum(images for is_training, images in asked if is_training) == 3
 
 
 @pytest.mark.parametrize(
