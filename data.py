@@ -27,6 +27,7 @@ import bisect
 import codecs
 import errno
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -1513,6 +1514,7 @@ def open_files(
         class_list = read_classes(data / "classes.txt")
         classes = class_list.classes
         values = class_list.values
+        doubts += doubts_about_names(class_list, data / "classes.txt")
     if "**" in layout.glob:  # folders as the user likes them: each may have an image 1.png
         names = names_below(files.folder, files.images)
     else:
@@ -1648,6 +1650,29 @@ def read_class_line(path: Path, line: str) -> tuple[str, tuple[int, ...]]:
 def means_void(name: str) -> bool:
     """Whether a name in classes.txt says that what has this value is not labelled."""
     return name.lower() == "void"
+
+
+# How others call it. It may as well be a class of theirs, so it is only asked about. `void` itself
+# is among them for a file of names alone, in which it is a class.
+NAMES_LIKE_VOID = {
+    "void",
+    "unlabelled", "unlabeled", "undefined", "unknown", "ignore", "ignored", "don't care", "none"
+}  # fmt: skip
+
+
+def doubts_about_names(class_list: ClassList, path: Path) -> list[str]:
+    """A sentence for each class of a classes.txt that may be meant as void."""
+    remedy = "call it void there"
+    if class_list.values is None:  # names alone, and their lines' numbers
+        remedy = "give every line its value, NAME = VALUE, and the name void to this one"
+    doubts = []
+    for name in class_list.classes:
+        if name.lower() in NAMES_LIKE_VOID:
+            doubts.append(
+                f"{name!r} in {path} is a class like any other; if nobody labelled its pixels, "
+                f"{remedy}"
+            )
+    return doubts
 
 
 # ------------------------------------------------------------------------------------- decode cache
@@ -2050,15 +2075,15 @@ def training_loader(
     return DataLoader(views, batch_sampler=batches, collate_fn=collate_samples, **settings)
 
 
-# Of what passes through a network at once without gradients. Smaller images keep two CPU cores busy
+# Of what passes through a network at once without gradients. Small images keep two CPU cores busy
 # only several at a time: of 80x120, sixteen take 2.7 times as long as four with a ResNet-18.
 PIXELS_PER_PASS = 160_000
+MOST_PER_PASS = 16  # images
 
 
-def images_per_pass(batch_size: int, size: Size) -> int:
-    """`batch_size`, or of images of `size` (H, W) that are small as many as `PIXELS_PER_PASS`."""
-    height, width = size
-    return max(batch_size, PIXELS_PER_PASS // (height * width))
+def images_per_pass(batch_size: int, pixels: int) -> int:
+    """`batch_size`, or more images of so many pixels if they are together `PIXELS_PER_PASS`."""
+    return max(batch_size, min(MOST_PER_PASS, PIXELS_PER_PASS // pixels))
 
 
 def evaluation_loader(
@@ -2068,22 +2093,33 @@ def evaluation_loader(
     device: torch.device,
     rank: int = 0,
     world: int = 1,
+    fill_passes: bool = False,
 ) -> DataLoader:
     """Lists of `EvalSample` batches of one size each, in order: [B, 3, h, w], [B, H, W] and [B].
 
-    Process `rank` of `world` gets every `world`-th image, without padding.
+    Process `rank` of `world` gets every `world`-th image, without padding. fill_passes: on a CPU,
+    small images come in batches of more than `batch_size`, see `images_per_pass`.
     """
     if world > 1:
         dataset = Subset(dataset, range(rank, len(dataset), world))
     settings = worker_settings(workers, device)
-    return DataLoader(dataset, batch_size=batch_size, collate_fn=collate_runs, **settings)
+    most = batch_size
+    if fill_passes and device.type == "cpu":
+        most = max(batch_size, MOST_PER_PASS)
+    collate = functools.partial(collate_runs, batch_size=batch_size)
+    return DataLoader(dataset, batch_size=most, collate_fn=collate, **settings)
 
 
-def collate_runs(samples: list[EvalSample]) -> list[EvalSample]:
-    """Batches of neighbours whose images and labels have equal shapes."""
+def collate_runs(samples: list[EvalSample], batch_size: int) -> list[EvalSample]:
+    """Batches of neighbours whose images and labels have equal shapes: up to `batch_size` or, of
+    small ones, as many of the samples as pass through a network at once."""
     batches = []
-    for _, run in groupby(samples, key=shapes):
-        batches.append(default_collate(list(run)))
+    for (image_shape, labels_shape), run in groupby(samples, key=shapes):
+        neighbours = list(run)
+        pixels = max(image_shape[-2:].numel(), labels_shape.numel())
+        count = images_per_pass(batch_size, pixels)
+        for start in range(0, len(neighbours), count):
+            batches.append(default_collate(neighbours[start : start + count]))
     return batches
 
 

@@ -338,16 +338,20 @@ class TeacherTargets:
 
         signals: of `train_ensemble.noted_signals`, of which the first ends it.
         """
-        num_views, num_images = self.train_cache.targets.shape[:2]
-        with ImageProgress(num_views * num_images) as progress:
-            for key in keys_of_views(views, num_views, batch_size):
+        num_views = self.train_cache.targets.shape[0]
+        incomplete = []
+        for key in keys_of_views(views, num_views, batch_size):
+            if is_incomplete(self.train_cache.read(key)):
+                incomplete.append(key)
+        total = sum(len(key.index) for key in incomplete)
+        if total > 0:
+            print(f"asking the teacher about {total} views", flush=True)
+        with ImageProgress(total) as progress:
+            for key in incomplete:
                 if signals:
                     break
-                stored = self.train_cache.read(key)
-                if is_incomplete(stored):
-                    images = read_views(views, key)
-                    fresh = self.run_on_views(images, key)
-                    self.train_cache.complete(key, stored, fresh)
+                fresh = self.run_on_views(read_views(views, key), key)
+                self.train_cache.complete(key, self.train_cache.read(key), fresh)
                 progress.advance(len(key.index))
 
     def complete_targets(self, batch: Sample, flip: Tensor) -> Tensor:
@@ -612,16 +616,8 @@ def train_student(
     targets = open_targets(teacher, flags, distillation, views, val_set, path)
     if distillation.views > 0 and passes_ahead(flags):
         torch.manual_seed(stream.torch_seed)  # for MC dropout
-        with noted_signals() as signals:
+        with stop_after_signal(path, flags) as signals:
             targets.fill(views, flags.batch_size, signals)
-        if signals:
-            without = " without --overwrite" if flags.overwrite else ""
-            print(
-                f"\n{path.stem}: stored what the teacher has said so far; the same "
-                f"command{without} continues from there",
-                file=sys.stderr,
-            )
-            raise SystemExit(128 + signals[0])
     views_without_targets = build_views(flags, distillation, train_set, stream.view_seeds, None)
     label_loader = build_training_loader(flags, views_without_targets)
     lessons = Lessons(
@@ -729,7 +725,8 @@ def train_head(
         student.to(memory_format=torch.channels_last)
     parameters = list(student.uncertainty.parameters())
     optimizer = torch.optim.Adam([{"params": parameters, "lr_mult": 1.0}], HEAD_LR)
-    kept = keep_features(student, lessons, flags, distillation)
+    with stop_after_signal(path, flags) as signals:
+        kept = keep_features(student, lessons, flags, distillation, signals)
     loss_fn = functools.partial(head_loss, targets=lessons.targets, kept=kept)
     validation = build_validation(lessons, flags, with_uncertainty=True)
     flags_of_head = flags._replace(
@@ -770,9 +767,15 @@ LARGEST_MEMORY = 1e9
 
 
 def keep_features(
-    student: DeepLabV3, lessons: Lessons, flags: TrainingFlags, distillation: DistillationFlags
+    student: DeepLabV3,
+    lessons: Lessons,
+    flags: TrainingFlags,
+    distillation: DistillationFlags,
+    signals: list[int],
 ) -> KeptFeatures | None:
     """`KeptFeatures` where they save time and there is room for them; else None.
+
+    signals: of `train_ensemble.noted_signals`, of which the first ends it.
 
     A view comes as it is and mirrored, so that an image has twice as many forms as views. Where
     the head has no more epochs than that, hardly any form comes again.
@@ -794,6 +797,8 @@ def keep_features(
         features = torch.empty(shape, dtype=example.dtype)
         with ImageProgress(distillation.views * len(views)) as progress:
             for key in keys_of_views(views, distillation.views, flags.batch_size):
+                if signals:
+                    break
                 images = read_views(views, key)
                 features[0, key.view, key.index] = student.extract_features(images)
                 features[1, key.view, key.index] = student.extract_features(images.flip(-1))
@@ -811,12 +816,27 @@ def passes_ahead(flags: TrainingFlags) -> bool:
     return flags.device.type == "cpu" and not flags.compile and get_world_size() == 1
 
 
+@contextlib.contextmanager
+def stop_after_signal(path: Path, flags: TrainingFlags) -> Iterator[list[int]]:
+    """`noted_signals` for a pass over the views, after which a signal ends the process."""
+    with noted_signals() as signals:
+        yield signals
+    if signals:
+        without = " without --overwrite" if flags.overwrite else ""
+        print(
+            f"\n{path.stem}: stopped before a training began; the same command{without} "
+            "continues from there",
+            file=sys.stderr,
+        )
+        raise SystemExit(128 + signals[0])
+
+
 def keys_of_views(
     views: data.TrainingViews, num_views: int, batch_size: int
 ) -> Iterator[TargetKey]:
     """All `num_views` views of all images, in order, as many at a time as pass at once."""
     images = torch.arange(len(views))
-    count = data.images_per_pass(batch_size, views.crop_size)
+    count = data.images_per_pass(batch_size, math.prod(views.crop_size))
     for view in range(num_views):
         for index in images.split(count):
             yield TargetKey(torch.full_like(index, view), index)
@@ -857,8 +877,8 @@ def build_views(
 ) -> data.TrainingViews:
     """The student's training views.
 
-    targets_path: where the targets that come with them are kept, with --views, from the first
-    batch on; None if they come without.
+    targets_path: where the targets that come with them are kept, with --views; None if they come
+    without.
     """
     stored = targets_path if distillation.views > 0 else None
     return data.TrainingViews(
@@ -894,9 +914,7 @@ def open_targets(
     if distillation.views > 0:
         if with_probs:
             largest += [1.0] * len(val_set.classes)
-        # The head's epochs begin with the same views as those of the segmentation.
-        kept_views = min(distillation.views, max(flags.epochs, distillation.head_epochs))
-        shape = (kept_views, len(views), len(largest), *flags.crop_size)
+        shape = (views_of_teacher(flags, distillation), len(views), len(largest), *flags.crop_size)
         train_path = path.with_suffix(".targets.npy")
         train_cache = open_cache(train_path, shape, largest, identity, flags.device)
     return TeacherTargets(teacher, measures, with_probs, flags.amp, train_cache, val_cache)
@@ -918,7 +936,7 @@ def cache_identity(
         "train_images": data.fingerprint(views.dataset.images),
         "val_images": data.fingerprint(val_set.images),
     }
-    # the batch size, for MC dropout is seeded by the first image of a batch
+    # the batch size, for MC dropout is seeded by the first image of a batch or, on a CPU, a pass
     recorded = (
         "teacher_identity",
         "mc_samples",
@@ -1026,16 +1044,20 @@ def views_of_work(flags: TrainingFlags, distillation: DistillationFlags, members
     """The work on one image in training steps of a view: those of the student in all epochs, and
     a third of a step for each pass of a member and for each view that the head learns alone; less
     where `KeptFeatures` are."""
+    passes = members * views_of_teacher(flags, distillation) + distillation.head_epochs
+    return flags.epochs + passes / 3
+
+
+def views_of_teacher(flags: TrainingFlags, distillation: DistillationFlags) -> int:
+    """How many views of each image the teacher is asked about."""
     epochs_with_teacher = flags.epochs
     if distillation.head != "paper" and distillation.distill_probs == 0:
         epochs_with_teacher = 0  # the segmentation learns from the labels alone
-    if distillation.views > 0:
-        most_epochs = max(epochs_with_teacher, distillation.head_epochs)
-        views_of_teacher = min(distillation.views, most_epochs)
-    else:
-        views_of_teacher = epochs_with_teacher + distillation.head_epochs  # a new one in each
-    passes = members * views_of_teacher + distillation.head_epochs
-    return flags.epochs + passes / 3
+    if distillation.views == 0:
+        return epochs_with_teacher + distillation.head_epochs  # a new one in each
+    # The head's epochs begin with the same views as those of the segmentation.
+    most_epochs = max(epochs_with_teacher, distillation.head_epochs)
+    return min(distillation.views, most_epochs)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -136,6 +136,7 @@ class InferenceSettings(NamedTuple):
     device: torch.device
     amp: str  # bf16, fp16 or off
     batch_size: int = 1  # images
+    fill_passes: bool = False  # as `data.evaluation_loader` has it
     workers: int = 0  # processes that load them
 
 
@@ -332,7 +333,11 @@ def evaluation_batches(
     uint8 [B, H, W] on the device, and the B indices."""
     torch.manual_seed(0)  # so that MC dropout draws the same samples in every pass
     loader = data.evaluation_loader(
-        dataset, inference.batch_size, inference.workers, inference.device
+        dataset,
+        inference.batch_size,
+        inference.workers,
+        inference.device,
+        fill_passes=inference.fill_passes,
     )
     with ImageProgress(len(dataset)) as progress:
         for images, labels, index in itertools.chain.from_iterable(loader):
@@ -3130,9 +3135,9 @@ def data_uri(png: bytes) -> str:
 
 
 def lead(results: dict) -> list[str]:
-    """The outcome in three sentences: the classes, errors, unknown objects."""
+    """The outcome in three paragraphs: the classes, errors, unknown objects."""
     return [
-        segmentation_sentence(results),
+        segmentation_sentences(results),
         errors_sentence(results),
         anomalies_sentence(results),
     ]
@@ -3150,8 +3155,9 @@ def data_name(protocol: dict) -> str:
     return protocol["dataset"]
 
 
-def segmentation_sentence(results: dict) -> str:
-    """How well the student or, without one, the teacher segments, and what the others reach."""
+def segmentation_sentences(results: dict) -> str:
+    """How well the student or, without one, the teacher segments, what the others reach, which
+    classes it misses altogether, and whether the images are few."""
     protocol = results["protocol"]
     network = results["recommended"]["network"]
     miou = results["segmentation"][network]["miou"]
@@ -3170,7 +3176,27 @@ def segmentation_sentence(results: dict) -> str:
     teacher_ms = results["timing"].get("teacher", {}).get("ms_per_image")
     if student_ms and teacher_ms:
         text += f", in {percent_text(student_ms / teacher_ms)} of the teacher’s time"
-    return text + "."
+    text += "."
+    missed = classes_never_found(results)
+    if missed:
+        text += f" The {network} finds no pixel of {', '.join(missed)}."
+    if protocol["images"] < FEW_IMAGES:
+        text += f" So few images as {protocol['images']} decide little."
+    return text
+
+
+FEW_IMAGES = 20  # a round number: of fewer, a single image moves every figure by points
+
+
+def classes_never_found(results: dict) -> list[str]:
+    """The classes that are in the labels and of which the recommended network finds no pixel."""
+    confusion = results["confusion"][results["recommended"]["network"]]
+    missed = []
+    for number, row in enumerate(results["classes"]):
+        pixels_of_class = confusion[number]  # by what they are taken for
+        if sum(pixels_of_class) > 0 and pixels_of_class[number] == 0:
+            missed.append(row["name"])
+    return missed
 
 
 def errors_sentence(results: dict) -> str:
@@ -3864,7 +3890,7 @@ def check_comparable(path: Path, student: dict, teacher: dict) -> None:
             )
 
 
-DEFAULT_BATCH = 4  # images; see `data.images_per_pass`
+DEFAULT_BATCH = 4  # images
 
 
 def resolve(args: argparse.Namespace, checkpoint: dict, device: torch.device) -> Settings:
@@ -3918,23 +3944,23 @@ def resolve(args: argparse.Namespace, checkpoint: dict, device: torch.device) ->
     workers = args.workers
     if workers is None:  # on a CPU the networks need every core
         workers = 4 if device.type == "cuda" else 0
-    image_size = args.image_size or trained.get("image_size")
-    batch_size = args.batch_size
-    if batch_size is None:
-        batch_size = DEFAULT_BATCH
-        usual_size = image_size or model.trained_size(checkpoint)
-        if usual_size is not None:
-            batch_size = data.images_per_pass(batch_size, usual_size)
+    inference = InferenceSettings(
+        device,
+        choose_amp(args.amp, device),
+        args.batch_size or DEFAULT_BATCH,
+        fill_passes=args.batch_size is None,
+        workers=workers,
+    )
     return Settings(
         dataset=dataset,
         data=folder,
         val_share=val_share,
         split=args.split,
-        image_size=image_size,
+        image_size=args.image_size or trained.get("image_size"),
         hold_out=config["hold_out"],
         ood=ood,
         distillation=distillation or None,
-        inference=InferenceSettings(device, choose_amp(args.amp, device), batch_size, workers),
+        inference=inference,
     )
 
 
@@ -4388,7 +4414,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=positive(int),
         help="images per batch; changes no figure but those of MC dropout (default: "
-        f"{DEFAULT_BATCH}, of small images more)",
+        f"{DEFAULT_BATCH}; on a CPU more of small images)",
     )
     group.add_argument(
         "--device",

@@ -811,6 +811,7 @@ def read_checkpoint(path: str | Path) -> dict:
 def build_model(checkpoint: dict, path: str | Path) -> DeepLabV3:
     """The network of a checkpoint that `read_checkpoint` read from `path`, in eval mode.
 
+    The checkpoint's tensors become its own: two networks of one checkpoint would train each other.
     Raises ModelError where the weights do not fit the configuration.
     """
     config = checkpoint["config"]
@@ -836,7 +837,7 @@ def build_model(checkpoint: dict, path: str | Path) -> DeepLabV3:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path}: its weights do not fit its configuration ({reason})") from error
-    # as a CPU works best with them, whatever the training had
+    # As those of a new network are: so far they have the type and the layout of the file.
     network.to(torch.float32, memory_format=torch.contiguous_format)
     network.classes = tuple(config["classes"])
     network.palette = tuple(tuple(colour) for colour in config.get("palette", ()))
@@ -1001,7 +1002,7 @@ LARGEST_MMAP_THRESHOLD = 32 * 2**20
 def keep_freed_memory() -> None:
     """Have the C library keep what freed tensors leave, up to 32 MiB each, for later ones.
 
-    glibc returns large blocks to the system as soon as they are free, and the next tensor waits
+    glibc returns large blocks to the system soon after they are free, and the next tensor waits
     for the system to clear its pages: members of the drawn scenes took 7 % longer to train, in bf16
     18 %. Other C libraries are left as they are.
     """

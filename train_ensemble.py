@@ -1475,11 +1475,12 @@ def build_loaders(
         )
     val_loader = data.evaluation_loader(
         val_set,
-        data.images_per_pass(flags.batch_size, val_set.network_size()),
+        flags.batch_size,
         flags.workers,
         flags.device,
         get_rank(),
         get_world_size(),
+        fill_passes=not flags.compile,  # which is for batches of one size
     )
     return build_training_loader(flags, views), val_loader
 

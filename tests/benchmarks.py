@@ -3,7 +3,7 @@
     python tests/benchmarks.py                    # all sections
     python tests/benchmarks.py loader metrics     # some of them
 
-Outline, a section each: loader, teacher, distill, inference, heads, train, small, metrics, gpu.
+Outline, a section each: loader, teacher, distill, inference, heads, train, metrics, gpu, small.
 
 Not collected by pytest. Each section prints a table. Project and published way run in one process
 and take turns; times are medians. Figures hold for one machine and its state: compare only what one
@@ -13,6 +13,7 @@ run prints.
 import argparse
 import contextlib
 import gc
+import math
 import re
 import statistics
 import sys
@@ -685,93 +686,6 @@ def bf16_ceiling(device: torch.device) -> float:
     return 2 * 8192**3 / seconds(lambda: matrix @ matrix, device, 20, 5)
 
 
-# ------------------------------------------------------------------ small
-
-CPU = torch.device("cpu")
-DRAWN_SIZE = (80, 120)  # (H, W) of the drawn scenes
-
-
-def time_of_step(size: data.Size, amp: str, keeps_memory: bool) -> float:
-    """Median seconds of 30 training steps, on one thread as members that train side by side.
-
-    It is called in a process of its own, for what it changes cannot be undone.
-    """
-    torch.set_num_threads(1)
-    if keeps_memory:
-        keep_freed_memory()
-    step = TrainingSteps(CPU, size).build(amp)
-    spent = take_turns({"step": step}, CPU, turns=30)
-    return statistics.median(spent["step"])
-
-
-def compare_memory(size: data.Size, amp: str) -> None:
-    """Training steps where freed memory goes back to the system, and where it is kept."""
-    spent = {"published": [], "project": []}
-    for _ in range(5):
-        for name, times in spent.items():
-            with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
-                times.append(pool.apply(time_of_step, (size, amp, name == "project")))
-    print_comparison(
-        f"small: a training step of 4 images of {size[0]} x {size[1]}, resnet18, {amp}, one thread",
-        spent,
-        {},
-        "published: freed memory goes back to the system; project: it is kept",
-    )
-
-
-def compare_passes(amp: str) -> None:
-    """An image in a pass of an ensemble of ten, by fours and by as many as pass at once."""
-    teacher = Ensemble([DeepLabV3("resnet18", 11).eval() for _ in range(10)])
-    teacher.to(memory_format=torch.channels_last)
-    count = data.images_per_pass(4, DRAWN_SIZE)
-    images = torch.randint(0, 256, (count, 3, *DRAWN_SIZE), dtype=torch.uint8)
-
-    def run(batch_size: int) -> None:
-        with torch.inference_mode(), autocast(CPU, amp):
-            for batch in images.split(batch_size):
-                teacher(batch, DRAWN_SIZE)
-
-    ways = {"published": partial(run, 4), "project": partial(run, count)}
-    height, width = DRAWN_SIZE
-    print_comparison(
-        f"small: {count} images of {height} x {width} through ten resnet18, {amp}",
-        take_turns(ways, CPU, 15),
-        {},
-        f"published: by fours; project: by {count}",
-    )
-
-
-def compare_loading() -> None:
-    """Ten networks read from their checkpoints, drawn at random before and not."""
-    config = {"backbone": "resnet18", "classes": ["a"] * 11, "measures": []}
-    state = DeepLabV3("resnet18", 11).state_dict()
-    checkpoint = {"model": state, "config": config, "args": {}}
-
-    def build_and_copy() -> None:
-        DeepLabV3("resnet18", 11).load_state_dict(state)
-
-    ways = {
-        "published": lambda: [build_and_copy() for _ in range(10)],
-        "project": lambda: [build_model(checkpoint, "a.pt") for _ in range(10)],
-    }
-    print_comparison(
-        "small: ten resnet18 from what their checkpoints hold",
-        take_turns(ways, CPU, 5),
-        {},
-        "published: weights are drawn, and then copied over; project: taken as they are",
-    )
-
-
-def bench_small(args: argparse.Namespace) -> None:
-    """What makes networks of small images faster on a CPU, beside the usual way."""
-    amp = choose_amp(args.amp, CPU)
-    compare_memory(DRAWN_SIZE, amp)
-    compare_memory((180, 240), amp)
-    keep_freed_memory()
-    compare_passes(amp)
-    compare_loading()
-
-
 # ------------------------------------------------------------------ metrics
 
 
@@ -1357,6 +1271,93 @@ def bench_gpu(args: argparse.Namespace) -> None:
         sys.exit(f"fell short: {'; '.join(faults)}")
 
 
+# ------------------------------------------------------------------ small
+
+CPU = torch.device("cpu")
+DRAWN_SIZE = (80, 120)  # (H, W) of the drawn scenes
+
+
+def time_of_step(size: data.Size, amp: str, keeps_memory: bool) -> float:
+    """Median seconds of 30 training steps, on one thread as members that train side by side.
+
+    It is called in a process of its own, for what it changes cannot be undone.
+    """
+    torch.set_num_threads(1)
+    if keeps_memory:
+        keep_freed_memory()
+    step = TrainingSteps(CPU, size).build(amp)
+    spent = take_turns({"step": step}, CPU, turns=30)
+    return statistics.median(spent["step"])
+
+
+def compare_memory(size: data.Size, amp: str) -> None:
+    """Training steps where freed memory goes back to the system, and where it is kept."""
+    spent = {"published": [], "project": []}
+    for _ in range(5):
+        for name, times in spent.items():
+            with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+                times.append(pool.apply(time_of_step, (size, amp, name == "project")))
+    print_comparison(
+        f"small: a training step of 4 images of {size[0]} x {size[1]}, resnet18, {amp}, one thread",
+        spent,
+        {},
+        "published: freed memory goes back to the system; project: it is kept",
+    )
+
+
+def compare_passes(amp: str) -> None:
+    """An image in a pass of an ensemble of ten, by fours and by as many as pass at once."""
+    teacher = Ensemble([DeepLabV3("resnet18", 11).eval() for _ in range(10)])
+    teacher.to(memory_format=torch.channels_last)
+    count = data.images_per_pass(4, math.prod(DRAWN_SIZE))
+    images = torch.randint(0, 256, (count, 3, *DRAWN_SIZE), dtype=torch.uint8)
+
+    def run(batch_size: int) -> None:
+        with torch.inference_mode(), autocast(CPU, amp):
+            for batch in images.split(batch_size):
+                teacher(batch, DRAWN_SIZE)
+
+    ways = {"published": partial(run, 4), "project": partial(run, count)}
+    height, width = DRAWN_SIZE
+    print_comparison(
+        f"small: {count} images of {height} x {width} through ten resnet18, {amp}",
+        take_turns(ways, CPU, 15),
+        {},
+        f"published: by fours; project: by {count}",
+    )
+
+
+def compare_loading() -> None:
+    """Ten networks read from their checkpoints, drawn at random before and not."""
+    config = {"backbone": "resnet18", "classes": ["a"] * 11, "measures": []}
+    state = DeepLabV3("resnet18", 11).state_dict()
+    checkpoint = {"model": state, "config": config, "args": {}}
+
+    def build_and_copy() -> None:
+        DeepLabV3("resnet18", 11).load_state_dict(state)
+
+    ways = {
+        "published": lambda: [build_and_copy() for _ in range(10)],
+        "project": lambda: [build_model(checkpoint, "a.pt") for _ in range(10)],
+    }
+    print_comparison(
+        "small: ten resnet18 from what their checkpoints hold",
+        take_turns(ways, CPU, 5),
+        {},
+        "published: weights are drawn, and then copied over; project: taken as they are",
+    )
+
+
+def bench_small(args: argparse.Namespace) -> None:
+    """What makes networks of small images faster on a CPU, beside the usual way."""
+    amp = choose_amp(args.amp, CPU)
+    compare_memory(DRAWN_SIZE, amp)
+    compare_memory((180, 240), amp)
+    keep_freed_memory()
+    compare_passes(amp)
+    compare_loading()
+
+
 # ------------------------------------------------------------------ command line
 
 SECTIONS = {
@@ -1366,9 +1367,9 @@ SECTIONS = {
     "inference": bench_inference,
     "heads": bench_heads,
     "train": bench_train,
-    "small": bench_small,
     "metrics": bench_metrics,
     "gpu": bench_gpu,
+    "small": bench_small,  # last, for the memory of the process is kept from then on
 }
 
 

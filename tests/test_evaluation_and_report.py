@@ -25,7 +25,7 @@ from processes import ROOT, SERVER, Forked
 import distill
 import evaluate
 import metrics
-from data import DataError, images_per_pass, open_dataset
+from data import DataError, open_dataset
 from metrics import MetricError
 from model import ModelError, UsageError, load_ensemble, load_model
 
@@ -497,10 +497,10 @@ def test_resolving_leaves_the_command_line_as_it_is(trained):
     assert settings.dataset == "folder" and settings.data == trained[0]
     assert settings.ood == ["pasted"] and settings.inference.workers == 0
     assert settings.inference.amp in ("bf16", "off") and networks.shown_measure == "std"
-    height, width = checkpoint["config"]["image_size"]
-    assert settings.inference.batch_size == images_per_pass(4, (height, width)) > 4
+    assert settings.inference.batch_size == 4 and settings.inference.fill_passes
     args.batch_size = 1
-    assert evaluate.resolve(args, checkpoint, CPU).inference.batch_size == 1
+    inference = evaluate.resolve(args, checkpoint, CPU).inference
+    assert inference.batch_size == 1 and not inference.fill_passes
 
 
 def test_json_gets_none_for_what_is_no_number():

@@ -513,9 +513,25 @@ def test_processes_share_each_batch(folder):
 
 
 def test_small_images_pass_several_at_a_time():
-    assert data.images_per_pass(4, (80, 120)) == 16  # the drawn scenes
-    assert data.images_per_pass(4, (180, 240)) == 4
-    assert data.images_per_pass(2, (1024, 2048)) == 2
+    assert data.images_per_pass(4, 80 * 120) == 16  # the drawn scenes
+    assert data.images_per_pass(4, 120 * 180) == 7
+    assert data.images_per_pass(4, 180 * 240) == 4
+    assert data.images_per_pass(4, 8 * 8) == 16
+    assert data.images_per_pass(2, 1024 * 2048) == 2
+
+
+@pytest.mark.parametrize("device, labels, sizes", [
+    ("cpu", (40, 60), [16, 4]), ("cpu", (120, 180), [7, 7, 2, 4]), ("cpu", (480, 720), 10 * [2]),
+    ("cuda", (40, 60), 10 * [2]),
+])  # fmt: skip
+def test_passes_are_filled_by_what_is_larger_of_image_and_labels(device, labels, sizes):
+    image = torch.zeros(3, 40, 60, dtype=torch.uint8)
+    dataset = [data.EvalSample(image, torch.zeros(labels), number) for number in range(20)]
+    loader = data.evaluation_loader(dataset, 2, 0, torch.device(device), fill_passes=True)
+    loader = data.DataLoader(dataset, loader.batch_size, collate_fn=loader.collate_fn)
+    batches = [batch for run in loader for batch in run]
+    assert [len(batch.index) for batch in batches] == sizes
+    assert torch.cat([batch.index for batch in batches]).tolist() == list(range(20))
 
 
 def test_evaluation_batches_hold_equal_sizes(tmp_path):

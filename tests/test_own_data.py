@@ -297,6 +297,24 @@ def test_masks_without_an_image_are_said(tmp_path):
     assert doubt == f"masks without an image: 2, as {root / 'labels/b_2.png'}; they are left out"
 
 
+def test_a_class_that_may_be_void_is_asked_about(tmp_path):
+    """Pixels called "unlabelled" became a class in silence, which was learned and counted."""
+    root = write_flat(tmp_path, ["a_1", "a_2", "b_1"])
+    path = root / "classes.txt"
+    for name in ("Unlabelled", "void"):  # in a file of names alone void is a class, too
+        path.write_text(f"a\n{name}\nc\nd\n")
+        [doubt] = open_dataset("folder", root, "all").doubts
+        assert doubt.startswith(f"{name!r} in {path} is a class like any other; ")
+        assert "NAME = VALUE, and the name void" in doubt
+    path.write_text("a = 0\nunlabelled = 1\nc = 2\nd = 3\n")
+    [doubt] = open_dataset("folder", root, "all").doubts
+    assert doubt.endswith("call it void there")
+    path.write_text("a = 0\nvoid = 1\nc = 2\nd = 3\n")  # what both sentences lead to
+    dataset = open_dataset("folder", root, "all")
+    assert dataset.doubts == [] and list(dataset.classes) == ["a", "c", "d"]
+    assert dataset.label_of_value[1] == data.VOID
+
+
 def test_what_is_found_in_place_of_masks_is_said(tmp_path):
     """A mask called otherwise was "no mask x.png", and no word of the x_mask.png beside it."""
     names = ["a_1", "a_2", "b_1"]

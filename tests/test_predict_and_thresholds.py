@@ -199,6 +199,23 @@ def test_the_lead_says_whether_learning_a_score_paid(evaluated):
     assert "paid" not in lead[1] and "--ood" in lead[2]
 
 
+@pytest.mark.parametrize("images, few", [(19, True), (20, False)])
+def test_the_lead_names_classes_that_are_never_found_and_few_images(evaluated, images, few):
+    results = json.loads(json.dumps(evaluated[0]))
+    results["protocol"]["images"] = images
+    names = [row["name"] for row in results["classes"]]
+    confusion = [[0] * len(names) for _ in names]
+    for number in (0, 1, 2):  # all taken for the first; the others are not there
+        confusion[number][0] = 1
+    results["confusion"] = {"teacher": confusion}
+    results["recommended"]["network"] = "teacher"
+    text = evaluate.lead(results)[0]
+    assert f". The teacher finds no pixel of {names[1]}, {names[2]}." in text
+    assert (f"So few images as {images} decide little." in text) == few
+    confusion[1][1] = confusion[2][2] = 1
+    assert "no pixel" not in evaluate.lead(results)[0]
+
+
 def test_a_damaged_log_costs_its_curves_alone(tmp_path, capsys):
     for content in ("{no json", '{"loss": 1.0}', "[1]"):
         (tmp_path / "student.jsonl").write_text(content)

@@ -626,7 +626,8 @@ def keep_features_of(network, views=1, head_epochs=9, **flags):
     loader = argparse.Namespace(dataset=NoisyViews())
     lessons = distill.Lessons(**(nothing | {"train_loader": loader}))
     flags = flags_of(**({"crop_size": NoisyViews.crop_size, "batch_size": 2} | flags))
-    return distill.keep_features(network, lessons, flags, distill.DistillationFlags(**settings))
+    distillation = distill.DistillationFlags(**settings)
+    return distill.keep_features(network, lessons, flags, distillation, signals=[])
 
 
 def test_kept_features_are_the_networks(monkeypatch):
@@ -697,26 +698,33 @@ def test_targets_are_filled_once_and_to_the_same_bits(monkeypatch, tmp_path):
     assert torch.equal(targets.for_batch(batch).uncertainty, expected) and passes == []
 
 
-def test_a_signal_while_the_teacher_is_asked_loses_nothing(trained, command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("passes", [2, 5])  # the teacher's, or those for the head's features
+def test_a_signal_before_a_training_loses_nothing(trained, command, tmp_path, monkeypatch, passes):
     monkeypatch.setattr(data, "PIXELS_PER_PASS", 0)
-    flags = ["--teacher", trained[1], "--device", "cpu", "--views", 2, "--batch-size", 2]
-    flags += ["--epochs", 1, "--head-epochs", 1, "--out", tmp_path / "s.pt"]
+    flags = ["--teacher", trained[1], "--device", "cpu", "--views", 1, "--batch-size", 2]
+    flags += ["--epochs", 1, "--head-epochs", 3, "--out", tmp_path / "s.pt"]
     with monkeypatch.context() as patch:
-        stopped_in("read_views", 2, patch)
+        stopped_in("read_views", passes, patch)
         code, _, err = command("distill", *flags)
     assert code == 143 and err.splitlines()[-1] == (
-        "s: stored what the teacher has said so far; the same command continues from there"
+        "s: stopped before a training began; the same command continues from there"
     )
     stored = np.load(tmp_path / "s.targets.npy")
-    assert (stored[0, :4] != data.MISSING).all() and (stored[0, 4:] == data.MISSING).all()
+    number = 4 if passes == 2 else 5  # images that the teacher was asked about
+    assert (stored[0, :number] != data.MISSING).all()
+    assert (stored[0, number:] == data.MISSING).all()
     assert command("distill", *flags)[0] == 0
     assert command("distill", *flags[:-1], tmp_path / "whole.pt")[0] == 0
     assert torch.equal(weights(tmp_path / "s.pt"), weights(tmp_path / "whole.pt"))
 
 
-def test_a_run_on_a_cpu_asks_its_teacher_before_it_trains(trained, command, tmp_path, monkeypatch):
-    flags = ["--teacher", trained[1], "--device", "cpu", "--views", 2, "--batch-size", 2]
-    flags += ["--epochs", 2, "--head-epochs", 1, "--out", tmp_path / "s.pt"]
+@pytest.mark.parametrize("distill_probs, views_asked", [(1, 2), (0, 1)])
+def test_a_run_on_a_cpu_asks_its_teacher_before_it_trains(
+    trained, command, tmp_path, monkeypatch, distill_probs, views_asked
+):
+    flags = ["--teacher", trained[1], "--device", "cpu", "--views", 3, "--batch-size", 2]
+    flags += ["--epochs", 2, "--head-epochs", 1, "--distill-probs", distill_probs]
+    flags += ["--out", tmp_path / "s.pt"]
     asked = []
     run_teacher = distill.TeacherTargets.run_teacher
 
@@ -726,9 +734,10 @@ def test_a_run_on_a_cpu_asks_its_teacher_before_it_trains(trained, command, tmp_
 
     monkeypatch.setattr(distill.TeacherTargets, "run_teacher", noted)
     assert command("distill", *flags)[0] == 0
-    # two views of all five images at once, for they are small; later the validation images
+    # each view of all five images at once, for they are small; later the validation images. From
+    # the labels alone the segmentation needs no teacher, and its second view is not asked about.
     before = [images for is_training, images in asked if not is_training]
-    assert before == [5, 5]
+    assert before == views_asked * [5]
     assert sum(images for is_training, images in asked if is_training) == 3
 
 
