@@ -1656,8 +1656,15 @@ def means_void(name: str) -> bool:
 # is among them for a file of names alone, in which it is a class.
 NAMES_LIKE_VOID = {
     "void",
-    "unlabelled", "unlabeled", "undefined", "unknown", "ignore", "ignored", "don't care", "none"
-}  # fmt: skip
+    "unlabelled",
+    "unlabeled",
+    "undefined",
+    "unknown",
+    "ignore",
+    "ignored",
+    "don't care",
+    "none",
+}
 
 
 def doubts_about_names(class_list: ClassList, path: Path) -> list[str]:
