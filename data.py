@@ -1652,8 +1652,8 @@ def means_void(name: str) -> bool:
     return name.lower() == "void"
 
 
-# How others call it. It may as well be a class of theirs, so it is only asked about. `void` itself
-# is among them for a file of names alone, in which it is a class.
+# Names that others give to void. They may as well be a class, so they are only asked about. `void`
+# itself is among them for a file of names alone, in which it is a class.
 NAMES_LIKE_VOID = {
     "void",
     "unlabelled",
@@ -1671,7 +1671,7 @@ def doubts_about_names(class_list: ClassList, path: Path) -> list[str]:
     """A sentence for each class of a classes.txt that may be meant as void."""
     remedy = "call it void there"
     if class_list.values is None:  # names alone, and their lines' numbers
-        remedy = "give every line its value, NAME = VALUE, and the name void to this one"
+        remedy = "give every line its value, NAME = VALUE, and call this one void"
     doubts = []
     for name in class_list.classes:
         if name.lower() in NAMES_LIKE_VOID:
@@ -2089,7 +2089,8 @@ MOST_PER_PASS = 16  # images
 
 
 def images_per_pass(batch_size: int, pixels: int) -> int:
-    """`batch_size`, or more images of so many pixels if they are together `PIXELS_PER_PASS`."""
+    """`batch_size` or, if that is more, as many images of `pixels` each as fit into
+    `PIXELS_PER_PASS`, but at most `MOST_PER_PASS`."""
     return max(batch_size, min(MOST_PER_PASS, PIXELS_PER_PASS // pixels))
 
 
@@ -2112,7 +2113,7 @@ def evaluation_loader(
     settings = worker_settings(workers, device)
     most = batch_size
     if fill_passes and device.type == "cpu":
-        most = max(batch_size, MOST_PER_PASS)
+        most = batch_size * max(1, MOST_PER_PASS // batch_size)  # whole batches of large images
     collate = functools.partial(collate_runs, batch_size=batch_size)
     return DataLoader(dataset, batch_size=most, collate_fn=collate, **settings)
 

@@ -19,6 +19,8 @@ and "error", the probability that the student's own class is wrong, from the lab
     error_loss = mean over labelled pixels of -(e log u + (1 - e) log(1 - u))
     e = 1 where argmax(logits) is not the label, else 0
 
+Its loss is the mean of error_loss and the RMSLE of each measure.
+
 With --head paper everything is learned at once, as published (Landgraf et al. 2024, doi
 10.1007/s41064-024-00280-4):
 
@@ -778,7 +780,7 @@ def keep_features(
     signals: of `train_ensemble.noted_signals`, of which the first ends it.
 
     A view comes as it is and mirrored, so that an image has twice as many forms as views. Where
-    the head has no more epochs than that, hardly any form comes again.
+    the head has no more epochs than that, to compute every form once saves nothing.
     """
     forms_of_image = 2 * distillation.views
     comes_again = 0 < forms_of_image < distillation.head_epochs
@@ -807,7 +809,7 @@ def keep_features(
 
 
 def passes_ahead(flags: TrainingFlags) -> bool:
-    """Whether all views pass through a network before a training begins that needs what it gives.
+    """Whether all views pass through a network before the training that needs what it gives.
 
     On a CPU: there small images pass faster in batches that are larger than those of a training,
     and views are read in no time beside that. And what a view gives does not depend on the
@@ -818,13 +820,14 @@ def passes_ahead(flags: TrainingFlags) -> bool:
 
 @contextlib.contextmanager
 def stop_after_signal(path: Path, flags: TrainingFlags) -> Iterator[list[int]]:
-    """`noted_signals` for a pass over the views, after which a signal ends the process."""
+    """`noted_signals` for a pass over the views, which looks at them and breaks off. Then the
+    process ends."""
     with noted_signals() as signals:
         yield signals
     if signals:
         without = " without --overwrite" if flags.overwrite else ""
         print(
-            f"\n{path.stem}: stopped before a training began; the same command{without} "
+            f"\n{path.stem}: stopped, nothing of a training is lost; the same command{without} "
             "continues from there",
             file=sys.stderr,
         )
@@ -1041,9 +1044,8 @@ def choose_lessons(command: dict) -> dict:
 
 
 def views_of_work(flags: TrainingFlags, distillation: DistillationFlags, members: int) -> float:
-    """The work on one image in training steps of a view: those of the student in all epochs, and
-    a third of a step for each pass of a member and for each view that the head learns alone; less
-    where `KeptFeatures` are."""
+    """How many training steps the work on one image is worth: one for each epoch, and a third for
+    each pass of a member and for each epoch of the head alone (less where `KeptFeatures` are)."""
     passes = members * views_of_teacher(flags, distillation) + distillation.head_epochs
     return flags.epochs + passes / 3
 
@@ -1106,7 +1108,7 @@ def main(args: argparse.Namespace) -> None:
             for warning in division_warnings(train_set, flags.data, teacher_checkpoint):
                 warn(warning)
 
-        if not path.exists():
+        if args.overwrite or not path.exists():
             num_views = len(train_set) * views_of_work(flags, distillation, len(teacher))
             seconds = seconds_if_long(flags, num_views)
             if seconds > 0:
@@ -1124,7 +1126,7 @@ def main(args: argparse.Namespace) -> None:
                 remove_files(path, WRITTEN)
                 remove_files(path_of_head(path), (".jsonl", *UNFINISHED))
             wait_for_group(flags.device)
-            refuse_other_command(path, flags.recorded)
+            refuse_other_command(path, flags.recorded, len(train_set))
             if path.exists():
                 report_finished(path)
                 remove_files(path_of_head(path), UNFINISHED)  # a kill may have left them

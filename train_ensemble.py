@@ -785,12 +785,7 @@ def load_state(
         return RunState()
     saved = read_tensors(path)
     check_same(saved["args"], flags.recorded, path)
-    images_before = saved.get("training_images", training_images)
-    if images_before != training_images:
-        raise UsageError(
-            f"{path} was begun with {images_before} training images, now there are "
-            f"{training_images}; restore them, or use --overwrite to start anew"
-        )
+    check_same_number(saved, training_images, path)
     of_another_version = (
         f"{path} was written by another version of this program; finish it with that one, or "
         "use --overwrite to start anew"
@@ -816,6 +811,16 @@ def load_state(
     )
     print(f"{path.stem}: continuing at epoch {state.epoch}, batch {state.batch}", flush=True)
     return state
+
+
+def check_same_number(saved: dict, training_images: int, path: Path) -> None:
+    """UsageError where the state `path`, which holds `saved`, is of another number of images."""
+    images_before = saved.get("training_images", training_images)
+    if images_before != training_images:
+        raise UsageError(
+            f"{path} was begun with {images_before} training images, now there are "
+            f"{training_images}; restore them, or use --overwrite to start anew"
+        )
 
 
 def random_states(device: torch.device) -> list[list[Tensor]]:
@@ -868,13 +873,16 @@ def remove_files(path: Path, suffixes: tuple[str, ...]) -> None:
             half_written.unlink(missing_ok=True)
 
 
-def refuse_other_command(path: Path, recorded: dict) -> None:
-    """UsageError where `path`, or the state beside it, was begun under other flags."""
+def refuse_other_command(path: Path, recorded: dict, training_images: int) -> None:
+    """UsageError where `path`, or the state beside it, was begun under other flags, or the state
+    with another number of training images."""
     state = path.with_suffix(".state")
     if path.exists():
         check_same(read_checkpoint(path)["args"], recorded, path)
     elif state.exists():
-        check_same(read_tensors(state)["args"], recorded, state)
+        saved = read_tensors(state)
+        check_same(saved["args"], recorded, state)
+        check_same_number(saved, training_images, state)
 
 
 def report_finished(path: Path) -> None:
@@ -1523,7 +1531,7 @@ def train_member(
     """
     flags = flags._replace(place=place)
     with locked(path):
-        refuse_other_command(path, flags.recorded)
+        refuse_other_command(path, flags.recorded, len(train_set))
         if path.exists():
             report_finished(path)
             return

@@ -891,3 +891,7 @@ def test_a_training_does_not_go_on_with_other_images(tmp_path):
     model.save_atomically(path, {"args": flags.recorded, "training_images": 6})
     with pytest.raises(model.UsageError, match="begun with 6 training images, now there are 4"):
         train_ensemble.load_state(path, None, None, None, flags, 4)
+    # and before a student's stored targets, which are of other images then, are made anew
+    with pytest.raises(model.UsageError, match="begun with 6 training images, now there are 4"):
+        train_ensemble.refuse_other_command(path.with_suffix(".pt"), flags.recorded, 4)
+    train_ensemble.refuse_other_command(path.with_suffix(".pt"), flags.recorded, 6)

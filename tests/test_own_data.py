@@ -305,7 +305,7 @@ def test_a_class_that_may_be_void_is_asked_about(tmp_path):
         path.write_text(f"a\n{name}\nc\nd\n")
         [doubt] = open_dataset("folder", root, "all").doubts
         assert doubt.startswith(f"{name!r} in {path} is a class like any other; ")
-        assert "NAME = VALUE, and the name void" in doubt
+        assert "NAME = VALUE, and call this one void" in doubt
     path.write_text("a = 0\nunlabelled = 1\nc = 2\nd = 3\n")
     [doubt] = open_dataset("folder", root, "all").doubts
     assert doubt.endswith("call it void there")

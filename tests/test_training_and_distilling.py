@@ -707,7 +707,7 @@ def test_a_signal_before_a_training_loses_nothing(trained, command, tmp_path, mo
         stopped_in("read_views", passes, patch)
         code, _, err = command("distill", *flags)
     assert code == 143 and err.splitlines()[-1] == (
-        "s: stopped before a training began; the same command continues from there"
+        "s: stopped, nothing of a training is lost; the same command continues from there"
     )
     stored = np.load(tmp_path / "s.targets.npy")
     number = 4 if passes == 2 else 5  # images that the teacher was asked about
