@@ -106,6 +106,7 @@ from train_ensemble import (
     build_training_loader,
     choose_validation_interval,
     cross_entropy,
+    end_by_signal,
     fit,
     noted_signals,
     open_splits,
@@ -768,6 +769,7 @@ class KeptFeatures:
 LARGEST_MEMORY = 1e9
 
 
+@torch.no_grad()
 def keep_features(
     student: DeepLabV3,
     lessons: Lessons,
@@ -788,23 +790,28 @@ def keep_features(
         return None
     views = lessons.train_loader.dataset
     student.eval()
-    with torch.no_grad(), autocast(flags.device, flags.amp):
+
+    # ---- is there room for them?
+    with autocast(flags.device, flags.amp):
         black = torch.zeros(1, 3, *flags.crop_size, dtype=torch.uint8)
         example = student.extract_features(black)  # [1, 256, h, w]
-        needed = forms_of_image * len(views) * example.nbytes
-        if needed > LARGEST_MEMORY:
-            return None
-        print(f"features: {needed / 1e6:,.1f} MB in memory")
-        shape = (2, distillation.views, len(views), *example.shape[1:])
-        features = torch.empty(shape, dtype=example.dtype)
-        with ImageProgress(distillation.views * len(views)) as progress:
-            for key in keys_of_views(views, distillation.views, flags.batch_size):
-                if signals:
-                    break
-                images = read_views(views, key)
+    needed = forms_of_image * len(views) * example.nbytes
+    if needed > LARGEST_MEMORY:
+        return None
+    print(f"features: {needed / 1e6:,.1f} MB in memory")
+
+    # ---- all views, as they are and mirrored
+    shape = (2, distillation.views, len(views), *example.shape[1:])
+    features = torch.empty(shape, dtype=example.dtype)
+    with ImageProgress(distillation.views * len(views)) as progress:
+        for key in keys_of_views(views, distillation.views, flags.batch_size):
+            if signals:
+                break
+            images = read_views(views, key)
+            with autocast(flags.device, flags.amp):
                 features[0, key.view, key.index] = student.extract_features(images)
                 features[1, key.view, key.index] = student.extract_features(images.flip(-1))
-                progress.advance(len(images))
+            progress.advance(len(images))
     return KeptFeatures(features)
 
 
@@ -825,13 +832,7 @@ def stop_after_signal(path: Path, flags: TrainingFlags) -> Iterator[list[int]]:
     with noted_signals() as signals:
         yield signals
     if signals:
-        without = " without --overwrite" if flags.overwrite else ""
-        print(
-            f"\n{path.stem}: stopped, nothing of a training is lost; the same command{without} "
-            "continues from there",
-            file=sys.stderr,
-        )
-        raise SystemExit(128 + signals[0])
+        end_by_signal(signals[0], path, flags, "stopped, nothing of a training is lost")
 
 
 def keys_of_views(

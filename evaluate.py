@@ -136,8 +136,8 @@ class InferenceSettings(NamedTuple):
     device: torch.device
     amp: str  # bf16, fp16 or off
     batch_size: int = 1  # images
-    fill_passes: bool = False  # as `data.evaluation_loader` has it
     workers: int = 0  # processes that load them
+    fill_passes: bool = False  # as `data.evaluation_loader` has it
 
 
 class Output(NamedTuple):
@@ -3948,8 +3948,8 @@ def resolve(args: argparse.Namespace, checkpoint: dict, device: torch.device) ->
         device,
         choose_amp(args.amp, device),
         args.batch_size or DEFAULT_BATCH,
+        workers,
         fill_passes=args.batch_size is None,
-        workers=workers,
     )
     return Settings(
         dataset=dataset,

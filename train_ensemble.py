@@ -43,7 +43,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -756,14 +756,20 @@ def stop_if_signalled(run: Run, flags: TrainingFlags) -> None:
     # asking also waits until the first process has written
     if not any_process(bool(run.signals), flags.device):
         return
+    number = run.signals[0] if run.signals else signal.SIGTERM
+    end_by_signal(
+        number, run.path, flags, f"saved at epoch {run.state.epoch}, batch {run.state.batch}"
+    )
+
+
+def end_by_signal(number: int, path: Path, flags: TrainingFlags, what_is_kept: str) -> NoReturn:
+    """End the process as signal `number` asks, after a line on the network `path` to stderr."""
     if is_first_process():
         without = " without --overwrite" if flags.overwrite else ""
         print(
-            f"\n{run.path.stem}: saved at epoch {run.state.epoch}, batch {run.state.batch}; the "
-            f"same command{without} continues from there",
+            f"\n{path.stem}: {what_is_kept}; the same command{without} continues from there",
             file=sys.stderr,
         )
-    number = run.signals[0] if run.signals else signal.SIGTERM
     raise SystemExit(128 + number)
 
 
