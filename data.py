@@ -2111,11 +2111,12 @@ def evaluation_loader(
     if world > 1:
         dataset = Subset(dataset, range(rank, len(dataset), world))
     settings = worker_settings(workers, device)
-    most = batch_size
+    loaded_together = batch_size
     if fill_passes and device.type == "cpu":
-        most = batch_size * max(1, MOST_PER_PASS // batch_size)  # whole batches of large images
+        # what `collate_runs` divides again: large images into whole batches
+        loaded_together = batch_size * max(1, MOST_PER_PASS // batch_size)
     collate = functools.partial(collate_runs, batch_size=batch_size)
-    return DataLoader(dataset, batch_size=most, collate_fn=collate, **settings)
+    return DataLoader(dataset, batch_size=loaded_together, collate_fn=collate, **settings)
 
 
 def collate_runs(samples: list[EvalSample], batch_size: int) -> list[EvalSample]:

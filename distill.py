@@ -816,7 +816,7 @@ def keep_features(
 
 
 def passes_ahead(flags: TrainingFlags) -> bool:
-    """Whether all views pass through a network before the training that needs what it gives.
+    """Whether all views pass through a network before the training that needs its outputs.
 
     On a CPU: there small images pass faster in batches that are larger than those of a training,
     and views are read in no time beside that. And what a view gives does not depend on the
@@ -827,8 +827,11 @@ def passes_ahead(flags: TrainingFlags) -> bool:
 
 @contextlib.contextmanager
 def stop_after_signal(path: Path, flags: TrainingFlags) -> Iterator[list[int]]:
-    """`noted_signals` for a pass over the views, which looks at them and breaks off. Then the
-    process ends."""
+    """Ends the process after its block, if a signal came.
+
+    The block gets the list of `noted_signals`, and breaks off its pass over the views when that is
+    no longer empty.
+    """
     with noted_signals() as signals:
         yield signals
     if signals:
