@@ -2839,6 +2839,7 @@ th:first-child{padding:0;position:sticky;left:0;background:Canvas}
 th:nth-child(2):last-child{text-align:left}
 td:only-of-type{white-space:normal;overflow-wrap:anywhere}
 @media(max-width:850px){
+figure{margin-right:0}
 .panel figcaption::after{content:" – wider than the screen: scroll it sideways →";font-weight:400}
 }
 @media print{
